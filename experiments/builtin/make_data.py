@@ -21,9 +21,9 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from jaxllm.data import builtin
 from jaxllm.data.corpora import documents, join_documents
-from jaxllm.data.tokenizers import BUILTIN_SPECIALS
 
 VOCABULARY = 2048
+SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>")  # ids 0, 1, 2
 LIMIT = 200_000  # bytes of the evaluation slice
 FILES = (  # algorithms, text, numbers, parsing, concurrency, files, small and large
     "asyncio/queues.py",
@@ -68,7 +68,8 @@ def main() -> None:
 def write_slice(out: Path) -> None:
     """Writes eval.txt, eval.json and the licence that covers them."""
     if sys.version_info[:2] != (3, 11):
-        raise SystemExit(f"the slice is Python 3.11's, this is {platform.python_version()}")
+        version = platform.python_version()
+        raise SystemExit(f"the slice is Python 3.11's, this is {version}")
     texts = [builtin.read_source(name) for name in FILES]
     joined = join_documents(texts).encode()
     if len(joined) > LIMIT:
@@ -100,12 +101,12 @@ def train_tokenizer(texts: Iterable[str]) -> tokenizers.Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=list(BUILTIN_SPECIALS.values()),
+        special_tokens=list(SPECIALS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    bos = BUILTIN_SPECIALS["bos"]
+    bos = SPECIALS[1]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A",
         pair=f"{bos} $A {bos} $B",

@@ -85,25 +85,31 @@ def evaluation_record() -> dict:
 
 @lru_cache(maxsize=1)
 def training_files() -> tuple[str, ...]:
-    """Library files that share neither path nor content with the evaluation slice."""
+    """Library files that share neither path nor content with the evaluation slice.
+
+    Empty package markers are left out as well.
+    """
     record = evaluation_record()
     paths = {file["path"] for file in record["files"]}
     hashes = {file["sha256"] for file in record["files"]}
     lines = {line for text in evaluation_documents() for line in telling_lines(text)}
 
-    def held_out(name: str) -> bool:
+    def left_out(name: str) -> bool:
         if name in paths:
             return True
         text = read_source(name)
-        return sha256(text) in hashes or overlap(text, lines) > 0.5
+        return not text.strip() or sha256(text) in hashes or overlap(text, lines) > 0.5
 
-    return tuple(name for name in library_files() if not held_out(name))
+    return tuple(name for name in library_files() if not left_out(name))
 
 
 def overlap(text: str, lines: set[str]) -> float:
-    """The fraction of a text's telling lines that are among the given ones."""
+    """The fraction of a text's telling lines that are among the given ones.
+
+    A text with fewer than eight of them says too little to be a version of another.
+    """
     own = telling_lines(text)
-    return len(own & lines) / max(len(own), 1)
+    return len(own & lines) / len(own) if len(own) >= 8 else 0.0
 
 
 def telling_lines(text: str) -> set[str]:

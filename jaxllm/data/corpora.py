@@ -144,18 +144,17 @@ def _local(
     files = _files(Path(source).expanduser())
 
     def every() -> Iterator[str]:
-        return itertools.chain.from_iterable(
-            _read_file(file, field, separator) for file in files
-        )
+        parts = (_read_file(file, field, separator) for file in files)
+        return filter(None, itertools.chain.from_iterable(parts))
 
-    two = len(list(itertools.islice(every(), 2)))  # also reports bad input at once
-    if two == 0:
+    found = len(list(itertools.islice(every(), 2)))  # also reports bad input at once
+    if found == 0:
         raise ValueError(f"{source} holds no document")
     if split == "all":
         return Corpus(f"{source}[all]", every)
 
     def chosen() -> Iterator[str]:
-        if two == 1:
+        if found == 1:
             return iter([_cut(next(every()), split, holdout)])
         return (text for text in every() if _side(text, holdout) == split)
 
@@ -198,12 +197,12 @@ def _read_text(path: Path, separator: str) -> Iterator[str]:
         for line in file:
             if line.strip() == separator:
                 separated = True
-                yield from filter(None, ["".join(lines).strip()])
+                yield "".join(lines).strip()
                 lines = []
             else:
                 lines.append(line)
     rest = "".join(lines)
-    yield from filter(None, [rest.strip() if separated else rest])
+    yield rest.strip() if separated else rest
 
 
 def read_rows(path: Path) -> Iterator[dict]:
