@@ -1,0 +1,1 @@
+"""The vocabulary of compression: it knows no paper and no architecture."""

@@ -1,0 +1,53 @@
+"""Codes of 1 to 8 bits packed along the last axis into planes of bytes.
+
+A b-bit code is split into power-of-two parts (3 = 2 + 1, 6 = 4 + 2, ...), each a
+plane whose bytes hold 8 / part codes, the first in the lowest bits. Planes can be
+cut along either axis, so they shard, and a kernel reads each without shuffling.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, UInt8
+
+Planes = tuple[UInt8[Array, "... bytes"], ...]
+
+
+def parts(bits: int) -> tuple[int, ...]:
+    """The plane widths of a code, largest first: 3 -> (2, 1)."""
+    if not 1 <= bits <= 8:
+        raise ValueError(f"codes of {bits} bits; accepted: 1 to 8")
+    return tuple(p for p in (8, 4, 2, 1) if bits & p)
+
+
+def pack(codes: UInt8[Array, "... n"], bits: int) -> Planes:
+    """Planes of ``codes`` < 2^bits; a short last byte is filled with zeros."""
+    planes, low = [], 0
+    for part in reversed(parts(bits)):
+        piece = (codes >> low) & (2**part - 1)
+        per_byte = 8 // part
+        short = -codes.shape[-1] % per_byte
+        pad = [(0, 0)] * (codes.ndim - 1) + [(0, short)]
+        grouped = jnp.pad(piece, pad).reshape(*codes.shape[:-1], -1, per_byte)
+        shifts = jnp.arange(per_byte, dtype=jnp.uint8) * jnp.uint8(part)
+        planes.append((grouped << shifts).sum(-1, dtype=jnp.uint8))
+        low += part
+    return tuple(reversed(planes))
+
+
+def unpack(planes: Planes, bits: int, count: int) -> UInt8[Array, "... n"]:
+    """The first ``count`` codes of each row (inverse of ``pack``)."""
+    total, low = jnp.uint8(0), 0
+    for plane, part in zip(reversed(planes), reversed(parts(bits)), strict=True):
+        shifts = jnp.arange(8 // part, dtype=jnp.uint8) * jnp.uint8(part)
+        piece = (plane[..., None] >> shifts) & jnp.uint8(2**part - 1)
+        piece = piece.reshape(*plane.shape[:-1], -1)[..., :count]
+        total = total | (piece << jnp.uint8(low))
+        low += part
+    return total
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes of one packed row."""
+    return int(sum(np.ceil(count * p / 8) for p in parts(bits)))

@@ -1,0 +1,170 @@
+"""Calibration statistics: monoids over batches of a layer's input.
+
+Each statistic has ``of(x, weights)`` for inputs ``x`` [tokens, in] (float32) with
+``weights`` [tokens], ``a + b`` for two batches, and ``through(op)`` for the statistic
+of ``op.apply(x)`` where that is known without the inputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+_node = jax.tree_util.register_dataclass
+
+
+@_node
+@dataclasses.dataclass(frozen=True)
+class Gram:
+    """Sum of x xT and the number of tokens; the Hessian of a linear layer's error."""
+
+    total: Float[Array, "... in in"]
+    count: Float[Array, "..."]
+
+    @classmethod
+    def of(cls, x, weights) -> Gram:
+        return cls((x * weights[:, None]).T @ x, weights.sum())
+
+    def __add__(self, other: Gram) -> Gram:
+        return Gram(self.total + other.total, self.count + other.count)
+
+    def through(self, op) -> Gram:
+        """``op`` is linear: rows and columns of x xT go through it alike."""
+        half = op.apply(self.total)
+        return Gram(op.apply(jnp.swapaxes(half, -1, -2)), self.count)
+
+    @property
+    def mean(self) -> Array:
+        """E[x xT], [in, in]."""
+        return self.total / jnp.maximum(self.count, 1.0)[..., None, None]
+
+
+@_node
+@dataclasses.dataclass(frozen=True)
+class AbsMax:
+    """Largest magnitude of each input channel, [in]."""
+
+    value: Float[Array, "... in"]
+
+    @classmethod
+    def of(cls, x, weights) -> AbsMax:
+        return cls(jnp.where(weights[:, None] > 0, jnp.abs(x), 0.0).max(0))
+
+    def __add__(self, other: AbsMax) -> AbsMax:
+        return AbsMax(jnp.maximum(self.value, other.value))
+
+    def through(self, op) -> AbsMax:
+        if not op.diagonal:
+            raise ValueError(f"channel ranges are unknown after {type(op).__name__}")
+        return AbsMax(jnp.abs(op.apply(self.value)))
+
+
+@_node
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Sums of |x|, x and x^2 per channel [in], and the number of tokens."""
+
+    absolute: Float[Array, "... in"]
+    first: Float[Array, "... in"]
+    second: Float[Array, "... in"]
+    count: Float[Array, "..."]
+
+    @classmethod
+    def of(cls, x, weights) -> Moments:
+        w = weights[:, None]
+        sums = ((v * w).sum(0) for v in (jnp.abs(x), x, x * x))
+        return cls(*sums, weights.sum())
+
+    def __add__(self, other: Moments) -> Moments:
+        return jax.tree.map(jnp.add, self, other)
+
+    def through(self, op) -> Moments:
+        if not op.diagonal:
+            raise ValueError(f"channel moments are unknown after {type(op).__name__}")
+        scale = op.apply(jnp.ones_like(self.first))
+        return Moments(
+            self.absolute * jnp.abs(scale),
+            self.first * scale,
+            self.second * scale**2,
+            self.count,
+        )
+
+    def _mean(self, total: Array) -> Array:
+        return total / jnp.maximum(self.count, 1.0)[..., None]
+
+    @property
+    def mean_absolute(self) -> Array:
+        return self._mean(self.absolute)
+
+    @property
+    def mean_square(self) -> Array:
+        return self._mean(self.second)
+
+
+@_node
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+    """Counts of log2|x| over fixed edges (eighths of an octave, 2^-16 to 2^16)."""
+
+    counts: Float[Array, "... bins"]
+
+    BINS = 256
+    STEP = 8
+    LOW = -16.0
+
+    @classmethod
+    def of(cls, x, weights) -> Histogram:
+        octave = jnp.log2(jnp.maximum(jnp.abs(x), 2.0**cls.LOW))
+        index = jnp.clip(jnp.ceil((octave - cls.LOW) * cls.STEP), 0, cls.BINS - 1)
+        spread = jnp.broadcast_to(weights[:, None], x.shape)
+        zero = jnp.zeros(cls.BINS, jnp.float32)
+        return cls(zero.at[index.astype(jnp.int32)].add(spread))
+
+    def __add__(self, other: Histogram) -> Histogram:
+        return Histogram(self.counts + other.counts)
+
+    def through(self, op) -> Histogram:
+        raise ValueError(f"a histogram is unknown after {type(op).__name__}")
+
+    def quantile(self, fraction: float) -> Array:
+        """Upper edge of the bin that holds the given fraction of |x|."""
+        share = jnp.cumsum(self.counts, -1) / self.counts.sum(-1, keepdims=True)
+        index = jnp.argmax(share >= fraction, -1)
+        return 2.0 ** (self.LOW + index / self.STEP)
+
+
+KINDS = dict(gram=Gram, absmax=AbsMax, moments=Moments, histogram=Histogram)
+
+
+@_node
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """The statistics of one layer input by name; adding and mapping go to each."""
+
+    items: dict[str, Any]
+
+    @classmethod
+    def of(cls, names: tuple[str, ...], x, weights=None) -> Stats:
+        """Statistics of inputs ``x`` [..., in]; ``weights`` [...] default to one."""
+        unknown = set(names) - KINDS.keys()
+        if unknown:
+            raise ValueError(f"unknown statistics {sorted(unknown)}; known: {[*KINDS]}")
+        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        flat = jnp.ones(len(rows)) if weights is None else weights.reshape(-1)
+        return cls({n: KINDS[n].of(rows, flat.astype(jnp.float32)) for n in names})
+
+    def __add__(self, other: Stats) -> Stats:
+        return Stats({n: s + other.items[n] for n, s in self.items.items()})
+
+    def through(self, op) -> Stats:
+        return Stats({n: s.through(op) for n, s in self.items.items()})
+
+    def __getattr__(self, name: str):
+        items = object.__getattribute__(self, "items")
+        if name in items:
+            return items[name]
+        raise AttributeError(f"statistic {name!r} was not collected; have {[*items]}")

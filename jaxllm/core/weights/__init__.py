@@ -1,0 +1,46 @@
+"""Weights are values: ``dot``, ``rows``, ``materialize`` and ``nbytes`` for all.
+
+A linear map is a plain array [in, out] or one of the weight types of this folder;
+leading axes (experts) come before. These functions are the only place where
+compression meets the model.
+"""
+
+from jaxllm.core.weights.activation import ActivationQuantized
+from jaxllm.core.weights.base import (
+    Weight,
+    compressed,
+    dot,
+    materialize,
+    nbytes,
+    refine,
+    rows,
+    shape,
+    size,
+)
+from jaxllm.core.weights.lowrank import LowRank, Sum, Trainable, merge
+from jaxllm.core.weights.quantized import Quantized
+from jaxllm.core.weights.sparse import Sparse
+from jaxllm.core.weights.transformed import Hadamard, Permutation, Scale, Transformed
+
+__all__ = [
+    "ActivationQuantized",
+    "Hadamard",
+    "LowRank",
+    "Permutation",
+    "Quantized",
+    "Scale",
+    "Sparse",
+    "Sum",
+    "Trainable",
+    "Transformed",
+    "Weight",
+    "compressed",
+    "dot",
+    "materialize",
+    "merge",
+    "nbytes",
+    "refine",
+    "rows",
+    "shape",
+    "size",
+]

@@ -1,0 +1,79 @@
+"""Weights whose input is rounded first: W8A8, W4A8, W4A4 ..."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.core.formats import ActivationFormat, Integer
+from jaxllm.core.weights import base
+from jaxllm.core.weights.base import Weight
+from jaxllm.core.weights.quantized import Quantized
+
+_static = dict(metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ActivationQuantized(Weight):
+    """y = round(x) W with x rounded per token to ``format``.
+
+    Where both sides are symmetric integers and the weight has one scale per output,
+    the product is a real int8 x int8 -> int32 one; otherwise the rounded values are
+    multiplied in floating point, which gives the same numbers.
+    """
+
+    inner: Any
+    format: ActivationFormat = dataclasses.field(**_static)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return base.shape(self.inner)
+
+    @property
+    def dtype(self):
+        return self.inner.dtype
+
+    def materialize(self):
+        return base.materialize(self.inner)
+
+    @property
+    def integer_product(self) -> bool:
+        w, a = self.inner, self.format
+        return (
+            isinstance(w, Quantized)
+            and isinstance(w.format, Integer)
+            and w.zero is None
+            and w.block is None
+            and w.format.bits > 1
+            and a.symmetric
+            and a.block is None
+        )
+
+    def dot(self, x):
+        if not self.integer_product:
+            return base.dot(self.format.round(x), self.inner)
+        grid, w = self.format.format, self.inner
+        _, scale, _ = self.format._grid(x)
+        scale = scale[..., 0].astype(jnp.bfloat16).astype(jnp.float32)
+        codes = grid.encode(x.astype(jnp.float32) / scale)
+        left = (codes.astype(jnp.int32) - int(grid.offset)).astype(jnp.int8)
+        right = w.codes().astype(jnp.int32) - int(w.format.offset)
+        contract = (((x.ndim - 1,), (right.ndim - 1,)), ((), ()))
+        product = jax.lax.dot_general(
+            left, right.astype(jnp.int8), contract, preferred_element_type=jnp.int32
+        )
+        out = product.astype(jnp.float32) * scale * w.scale.astype(jnp.float32)[:, 0]
+        return out.astype(x.dtype)
+
+    def refine(self, solve, stats, support=None):
+        inner = base.refine(self.inner, solve, stats, support)
+        return dataclasses.replace(self, inner=inner)
+
+    def axes(self, names: tuple[str, str]):
+        inner = self.inner
+        inner = inner.axes(names) if isinstance(inner, Weight) else names
+        return dataclasses.replace(self, inner=inner)

@@ -1,0 +1,109 @@
+"""The protocol of weight types, and the functions that take arrays and types alike."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Solve = Callable[..., Any]
+
+
+class Weight(abc.ABC):
+    """A linear map y = x W that is stored in some other form.
+
+    Subclasses are frozen dataclasses registered as pytrees. ``shape`` and ``dtype``
+    are logical: [in, out] without leading axes, and what ``materialize`` returns.
+    """
+
+    shape: tuple[int, int]
+    dtype: Any
+
+    @abc.abstractmethod
+    def materialize(self) -> Float[Array, "*lead in out"]:
+        """The dense array that this weight stands for."""
+
+    @abc.abstractmethod
+    def axes(self, names: tuple[str, str]):
+        """The same type with, for each leaf, its logical axis names (a tuple)."""
+
+    def dot(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """x W in the dtype of x."""
+        return x @ self.materialize().astype(x.dtype)
+
+    def rows(self, ids: Int[Array, "*ids"]) -> Float[Array, "*ids in"]:
+        """The columns W[:, ids] as rows: embeddings of a table [width, vocabulary]."""
+        return jnp.take(self.materialize(), ids, axis=1, mode="clip").swapaxes(0, -1)
+
+    def refine(self, solve: Solve, stats, support=None):
+        """Let ``solve(dense, stats, support)`` replace the part that is still dense.
+
+        ``support`` (bool [in, out] or None) marks the entries that may be non-zero.
+        A type without such a part refuses, naming itself.
+        """
+        raise TypeError(
+            f"{type(self).__name__} has no dense part left to compress; "
+            "put that method before the one that made it"
+        )
+
+    @property
+    def leaves(self) -> list[Array]:
+        return jax.tree.leaves(self)
+
+
+def shape(w) -> tuple[int, int]:
+    """Logical [in, out] of one map."""
+    return tuple(w.shape) if isinstance(w, Weight) else tuple(w.shape[-2:])
+
+
+def materialize(w) -> Float[Array, "*lead in out"]:
+    """The dense array of an array or a weight type."""
+    return w.materialize() if isinstance(w, Weight) else w
+
+
+def dot(x, w, *, group_sizes=None):
+    """y = x W, [..., in] to [..., out], in the dtype of ``x``.
+
+    With ``group_sizes`` [experts], ``w`` has a leading expert axis and consecutive
+    rows of ``x`` [tokens, in] belong to expert 0, 1, ...
+    """
+    if group_sizes is not None:
+        return jax.lax.ragged_dot(x, materialize(w).astype(x.dtype), group_sizes)
+    if isinstance(w, Weight):
+        return w.dot(x)
+    return x @ w.astype(x.dtype)
+
+
+def rows(w, ids):
+    """Embedding lookup: column ``ids`` of a table [width, vocabulary], as rows."""
+    if isinstance(w, Weight):
+        return w.rows(ids)
+    return jnp.moveaxis(jnp.take(w, ids, axis=1, mode="clip"), 0, -1)
+
+
+def refine(w, solve: Solve, stats, support=None):
+    """Apply a per-layer solver to the dense part of an array or a weight type."""
+    if isinstance(w, Weight):
+        return w.refine(solve, stats, support)
+    return solve(w, stats, support)
+
+
+def compressed(w) -> bool:
+    return isinstance(w, Weight)
+
+
+def nbytes(w) -> int:
+    """Bytes of the stored leaves of a weight (or of any pytree); never a formula."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(w))
+
+
+def size(w) -> int:
+    """Number of logical entries, leading axes included."""
+    if not isinstance(w, Weight):
+        return int(w.size)
+    dense = jax.eval_shape(materialize, w)
+    return int(dense.size)

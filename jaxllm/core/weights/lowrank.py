@@ -1,0 +1,120 @@
+"""Low-rank products, sums of weights, and parts that are trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxllm.core.weights import base
+from jaxllm.core.weights.base import Weight
+
+_static = dict(metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank(Weight):
+    """W = gain * first @ second, [in, rank] and [rank, out] (arrays or weights)."""
+
+    first: Any
+    second: Any
+    gain: float = dataclasses.field(default=1.0, **_static)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return base.shape(self.first)[0], base.shape(self.second)[1]
+
+    @property
+    def dtype(self):
+        return self.first.dtype
+
+    @property
+    def rank(self) -> int:
+        return base.shape(self.first)[1]
+
+    def materialize(self) -> Float[Array, "*lead in out"]:
+        product = base.materialize(self.first) @ base.materialize(self.second)
+        return product * jnp.asarray(self.gain, product.dtype)
+
+    def dot(self, x):
+        y = base.dot(base.dot(x, self.first), self.second)
+        return y * jnp.asarray(self.gain, y.dtype)
+
+    def axes(self, names: tuple[str, str]) -> LowRank:
+        first = _axes(self.first, (names[0], None))
+        return dataclasses.replace(self, first=first, second=_axes(self.second, (None, names[1])))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sum(Weight):
+    """W = sum of terms; the first is the main one that later methods may compress."""
+
+    terms: tuple[Any, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return base.shape(self.terms[0])
+
+    @property
+    def dtype(self):
+        return self.terms[0].dtype
+
+    def materialize(self):
+        total = base.materialize(self.terms[0])
+        for term in self.terms[1:]:
+            total = total + base.materialize(term).astype(total.dtype)
+        return total
+
+    def dot(self, x):
+        total = base.dot(x, self.terms[0])
+        for term in self.terms[1:]:
+            total = total + base.dot(x, term)
+        return total
+
+    def refine(self, solve, stats, support=None):
+        main = base.refine(self.terms[0], solve, stats, support)
+        return Sum((main, *self.terms[1:]))
+
+    def axes(self, names: tuple[str, str]) -> Sum:
+        return Sum(tuple(_axes(t, names) for t in self.terms))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trainable(Weight):
+    """A part whose leaves training may change (an adapter)."""
+
+    inner: Any
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return base.shape(self.inner)
+
+    @property
+    def dtype(self):
+        return self.inner.dtype
+
+    def materialize(self):
+        return base.materialize(self.inner)
+
+    def dot(self, x):
+        return base.dot(x, self.inner)
+
+    def axes(self, names: tuple[str, str]) -> Trainable:
+        return Trainable(_axes(self.inner, names))
+
+
+def merge(w):
+    """The same map with its trained parts added into a dense array, where it has any."""
+    if isinstance(w, Sum) and any(isinstance(t, Trainable) for t in w.terms):
+        return w.materialize()
+    return w
+
+
+def _axes(w, names: tuple[str, str]):
+    return w.axes(names) if isinstance(w, Weight) else names

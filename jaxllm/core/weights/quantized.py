@@ -1,0 +1,102 @@
+"""Codes of 1 to 8 bits with a scale (and zero point) per block along the input."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from jaxllm.core.formats import Format
+from jaxllm.core.packing import pack, unpack
+from jaxllm.core.weights.base import Weight, materialize
+
+_static = dict(metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized(Weight):
+    """value = scale decode(code, zero), stored [out, in] with ``in`` minor.
+
+    ``planes`` hold the packed codes [out, bytes]; ``scale`` [out, blocks] is an array
+    or itself a quantized weight [blocks, out] (double quantization); ``zero``
+    [out, blocks] or None. ``block`` inputs share a scale (None: the whole row); the
+    last block may be short. ``stored`` codes per row differ from ``features`` only
+    inside ``Sparse``, which keeps the codes of its non-zeros.
+    """
+
+    planes: tuple[UInt8[Array, "*lead out bytes"], ...]
+    scale: Any
+    zero: Array | None
+    format: Format = dataclasses.field(**_static)
+    block: int | None = dataclasses.field(**_static)
+    features: int = dataclasses.field(**_static)
+    dtype: str = dataclasses.field(default="float32", **_static)
+    stored: int | None = dataclasses.field(default=None, **_static)
+
+    @classmethod
+    def encode(cls, values, scale, zero, format: Format, block, dtype) -> Quantized:
+        """Round ``values`` [out, in] on the grid of stored ``scale`` and ``zero``."""
+        features = values.shape[-1]
+        wide = _spread(_plain(scale), block, features)
+        shift = None if zero is None else _spread(_plain(zero), block, features)
+        codes = format.encode(values / wide, shift)
+        planes = pack(codes, format.bits)
+        return cls(planes, scale, zero, format, block, features, str(dtype))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.features, self.planes[0].shape[-2]
+
+    def codes(self) -> UInt8[Array, "*lead out stored"]:
+        return unpack(self.planes, self.format.bits, self.stored or self.features)
+
+    def decode(self, codes) -> Float[Array, "*lead out in"]:
+        """Values of full-width codes [out, in], float32."""
+        zero = self.zero
+        if zero is not None:
+            zero = _spread(_plain(zero), self.block, self.features)
+        scale = _spread(_plain(self.scale), self.block, self.features)
+        return self.format.decode(codes, zero) * scale
+
+    def materialize(self):
+        dense = self.decode(self.codes())
+        return jnp.swapaxes(dense, -1, -2).astype(self.dtype)
+
+    def rows(self, ids: Int[Array, "*ids"]):
+        pick = lambda leaf: jnp.take(leaf, ids, axis=-2, mode="clip")  # noqa: E731
+        scale = self.scale
+        if isinstance(scale, Weight):
+            scale = jnp.swapaxes(materialize(scale), -1, -2)
+        mine = dataclasses.replace(
+            self,
+            planes=tuple(map(pick, self.planes)),
+            scale=pick(scale),
+            zero=None if self.zero is None else pick(self.zero),
+        )
+        return mine.decode(mine.codes()).astype(self.dtype)
+
+    def axes(self, names: tuple[str, str]) -> Quantized:
+        inner, outer = names
+        blocks = (outer, None if self.block is None else inner)
+        scale = self.scale
+        scale = scale.axes((None, outer)) if isinstance(scale, Weight) else blocks
+        zero = None if self.zero is None else blocks
+        planes = ((outer, inner),) * len(self.planes)
+        return dataclasses.replace(self, planes=planes, scale=scale, zero=zero)
+
+
+def _plain(scale) -> Float[Array, "*lead out blocks"]:
+    if isinstance(scale, Weight):
+        return jnp.swapaxes(materialize(scale), -1, -2)
+    return scale.astype(jnp.float32)
+
+
+def _spread(per_block, block: int | None, features: int):
+    """One value per input from one per block; the last block may be short."""
+    if block is None or per_block.shape[-1] == 1:
+        return per_block
+    return jnp.repeat(per_block, block, axis=-1)[..., :features]

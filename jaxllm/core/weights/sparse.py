@@ -1,0 +1,130 @@
+"""The non-zeros of a matrix with a bit mask of where they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, UInt8
+
+from jaxllm.core.packing import pack, unpack
+from jaxllm.core.weights.base import Weight
+from jaxllm.core.weights.quantized import Quantized
+
+_static = dict(metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sparse(Weight):
+    """A bit mask [out, in / 8] and the kept values in its order.
+
+    ``values`` is [out, kept] when every row keeps the same number (N:M, per-row
+    pruning), or [1, kept] for a mask with one total; or a ``Quantized`` whose codes
+    are so laid out while its scales keep their dense blocks.
+    """
+
+    mask: UInt8[Array, "*lead out bytes"]
+    values: Any
+    features: int = dataclasses.field(**_static)
+    dtype: str = dataclasses.field(default="float32", **_static)
+    pattern: str = dataclasses.field(default="mask", **_static)
+
+    @classmethod
+    def of(cls, dense, support: Bool[Array, "*lead in out"], kept: int, pattern: str):
+        """Keep the entries of ``dense`` [in, out] in ``support``.
+
+        ``kept`` counts them per output row, or in the whole matrix when ``pattern``
+        is ``mask``; entries beyond it would be lost, missing ones are padded.
+        """
+        flags = jnp.swapaxes(support, -1, -2)
+        values = jnp.swapaxes(dense, -1, -2)
+        features = flags.shape[-1]
+        (mask,) = pack(flags.astype(jnp.uint8), 1)
+        whole = pattern == "mask"
+        kept_values = _compress(_lines(values, whole), _lines(flags, whole), kept)
+        return cls(mask, kept_values, features, str(dense.dtype), pattern)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.features, self.mask.shape[-2]
+
+    @property
+    def support(self) -> Bool[Array, "*lead in out"]:
+        return jnp.swapaxes(self._flags(), -1, -2)
+
+    def _flags(self):
+        return unpack((self.mask,), 1, self.features).astype(bool)
+
+    def materialize(self):
+        flags = self._flags()
+        packed = isinstance(self.values, Quantized)
+        stored = self.values.codes() if packed else self.values
+        dense = _expand(stored, flags)
+        dense = self.values.decode(dense) if packed else dense
+        dense = jnp.where(flags, dense, 0)
+        return jnp.swapaxes(dense, -1, -2).astype(self.dtype)
+
+    def refine(self, solve, stats, support=None):
+        """Solve the values on this mask; a quantized result keeps only its codes."""
+        mine = self.support if support is None else self.support & support
+        made = solve(self.materialize(), stats, mine)
+        kept = self.values.shape[-1]
+        if isinstance(made, Quantized):
+            whole = self.values.shape[-2] == 1 and self.shape[1] > 1
+            flags = self._flags()
+            codes = _compress(_lines(made.codes(), whole), _lines(flags, whole), kept)
+            planes = pack(codes, made.format.bits)
+            made = dataclasses.replace(made, planes=planes, stored=kept)
+            return dataclasses.replace(self, values=made)
+        if isinstance(made, Weight):
+            name = type(made).__name__
+            raise TypeError(f"a {name} cannot be stored on a sparse mask")
+        return Sparse.of(made, mine, kept, self.pattern)
+
+    def axes(self, names: tuple[str, str]) -> Sparse:
+        """A mask with one total cannot be split: its values have no axis names."""
+        inner, outer = names
+        whole = self.pattern == "mask"
+        mask = (None, None) if whole else (outer, None)
+        line = (None, None) if whole else (outer, None)
+        values = self.values
+        if isinstance(values, Quantized):
+            values = values.axes((None, None if whole else outer))
+            values = dataclasses.replace(values, planes=(line,) * len(values.planes))
+        else:
+            values = line
+        return dataclasses.replace(self, mask=mask, values=values)
+
+
+def _lines(rows, whole: bool):
+    """[out, in] as it is, or as one line [1, out * in]."""
+    return rows.reshape(*rows.shape[:-2], 1, -1) if whole else rows
+
+
+def _compress(values, flags, kept: int):
+    """The flagged entries of each line in order, padded with zeros to ``kept``."""
+    index = jnp.cumsum(flags, -1) - 1
+    slot = jnp.where(flags, index, kept)
+    lines = values.reshape(-1, values.shape[-1])
+    slots = slot.reshape(lines.shape)
+    row = jnp.arange(len(lines))[:, None]
+    blank = jnp.zeros((len(lines), kept), values.dtype)
+    out = blank.at[row, slots].set(lines, mode="drop")
+    return out.reshape(*values.shape[:-1], kept)
+
+
+def _expand(stored, flags):
+    """Entries back at their places; what is not flagged is arbitrary."""
+    count = stored.shape[-2]
+    lines = flags.reshape(*flags.shape[:-2], count, -1)
+    index = jnp.clip(jnp.cumsum(lines, -1) - 1, 0, stored.shape[-1] - 1)
+    return jnp.take_along_axis(stored, index, -1).reshape(flags.shape)
+
+
+def kept_per_row(features: int, density: float) -> int:
+    """Non-zeros that a row keeps at a density."""
+    return max(1, math.floor(features * density + 0.5))

@@ -1,0 +1,137 @@
+"""Online transforms of a layer's input, and the weight that expects them.
+
+y = op(x) W' with W = op's matrix times W'. An op is linear: ``apply(x)`` along the
+last axis, ``inverse(x)``, and ``diagonal`` says whether channels stay apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxllm.core.hadamard import hadamard_transform
+from jaxllm.core.weights import base
+from jaxllm.core.weights.base import Weight
+
+_static = dict(metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """x * factor per channel [in]."""
+
+    factor: Float[Array, "*lead in"]
+    diagonal = True
+
+    def apply(self, x):
+        return x * self.factor.astype(x.dtype)
+
+    def inverse(self, x):
+        return x / self.factor.astype(x.dtype)
+
+    def axes(self, name: str) -> Scale:
+        return Scale((name,))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hadamard:
+    """x D H / sqrt(order): random signs [in], then a (block-diagonal) Hadamard.
+
+    ``signs`` None leaves them out. ``group`` > 1 transforms across heads: the last
+    axis is [heads, group] and the transform runs over heads.
+    """
+
+    signs: Float[Array, "*lead in"] | None = None
+    order: int | None = dataclasses.field(default=None, **_static)
+    group: int = dataclasses.field(default=1, **_static)
+    diagonal = False
+
+    def apply(self, x):
+        if self.signs is not None:
+            x = x * self.signs.astype(x.dtype)
+        return self._mix(x, lambda y: hadamard_transform(y, order=self.order))
+
+    def inverse(self, x):
+        x = self._mix(x, lambda y: _transposed(y, self.order))
+        return x if self.signs is None else x * self.signs.astype(x.dtype)
+
+    def _mix(self, x, run):
+        if self.group == 1:
+            return run(x)
+        heads = x.reshape(*x.shape[:-1], -1, self.group)
+        mixed = run(jnp.swapaxes(heads, -1, -2))
+        return jnp.swapaxes(mixed, -1, -2).reshape(x.shape)
+
+    def axes(self, name: str) -> Hadamard:
+        return dataclasses.replace(self, signs=None if self.signs is None else (None,))
+
+
+def _transposed(y, order):
+    """y HT: the transform is symmetric only for Sylvester's matrices."""
+    width = y.shape[-1]
+    from jaxllm.core.hadamard import hadamard_matrix
+
+    return y @ jnp.asarray(hadamard_matrix(width, order).T, y.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Permutation:
+    """x[..., order]: channels in another order [in]."""
+
+    order: Int[Array, "*lead in"]
+    diagonal = False
+
+    def apply(self, x):
+        return jnp.take(x, self.order, axis=-1)
+
+    def inverse(self, x):
+        return jnp.take(x, jnp.argsort(self.order), axis=-1)
+
+    def axes(self, name: str) -> Permutation:
+        return Permutation((None,))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Transformed(Weight):
+    """y = op(x) W': the input goes through ``op`` first, at run time."""
+
+    op: Any
+    inner: Any
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return base.shape(self.inner)
+
+    @property
+    def dtype(self):
+        return self.inner.dtype
+
+    def materialize(self):
+        """op as a matrix times W': each basis vector through ``dot``."""
+        dense = base.materialize(self.inner)
+        eye = jnp.eye(self.shape[0], dtype=dense.dtype)
+        if dense.ndim > 2:
+            return jax.vmap(lambda op, w: op.apply(eye) @ w)(self.op, dense)
+        return self.op.apply(eye) @ dense
+
+    def dot(self, x):
+        return base.dot(self.op.apply(x), self.inner)
+
+    def refine(self, solve, stats, support=None):
+        if support is not None:
+            raise TypeError("a sparse support does not pass through an online transform")
+        inner = base.refine(self.inner, solve, stats.through(self.op), None)
+        return dataclasses.replace(self, inner=inner)
+
+    def axes(self, names: tuple[str, str]) -> Transformed:
+        inner = self.inner
+        inner = inner.axes(names) if isinstance(inner, Weight) else names
+        return Transformed(self.op.axes(names[0]), inner)

@@ -1,0 +1,112 @@
+"""Attention: one function of queries, keys, values and a mask, and its module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float
+
+from jaxllm.core.hadamard import hadamard_transform
+from jaxllm.models.config import Attention as AttentionConfig
+from jaxllm.models.layers import Linear, Norm, Pass, observe, rotate
+
+NEGATIVE = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+def attend(
+    q: Float[Array, "batch q heads dim"],
+    k: Float[Array, "batch kv kv_heads dim"],
+    v: Float[Array, "batch kv kv_heads dim"],
+    mask: Bool[Array, "batch q kv"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Array, "batch q heads dim"]:
+    """softmax(scale q kT + mask) v, grouped queries sharing each key head.
+
+    Scores and softmax are float32; a row with nothing visible gives zeros.
+    """
+    groups = rearrange(q, "b q (k g) d -> b k g q d", k=k.shape[2])
+    scores = jnp.einsum(
+        "bkgqd,btkd->bkgqt", groups, k, preferred_element_type=jnp.float32
+    )
+    scores = scores * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    visible = mask[:, None, None]
+    probabilities = jax.nn.softmax(jnp.where(visible, scores, NEGATIVE), -1)
+    probabilities = jnp.where(visible, probabilities, 0.0).astype(v.dtype)
+    mixed = jnp.einsum("bkgqt,btkd->bqkgd", probabilities, v)
+    return rearrange(mixed, "b q k g d -> b q (k g) d")
+
+
+def visibility(values: Pass, window: int | None) -> Bool[Array, "batch q kv"]:
+    """Who sees whom: causal, within the window, within the document.
+
+    With a cache, slot t holds position t, and what lies beyond a query's position
+    has not been written yet.
+    """
+    mine = values.positions[:, :, None]
+    if values.cache is not None:
+        theirs = jnp.arange(values.cache.length)[None, None, :]
+    else:
+        theirs = values.positions[:, None, :]
+    mask = theirs <= mine
+    if window is not None:
+        mask &= mine - theirs < window
+    if values.segments is not None and values.cache is None:
+        mask &= values.segments[:, :, None] == values.segments[:, None, :]
+        order = jnp.arange(values.segments.shape[1])
+        mask &= order[None, None, :] <= order[None, :, None]
+    return mask
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with optional rotary embedding, bias and QK norm."""
+
+    config: AttentionConfig
+    width: int
+    std: float = 0.02
+    out_std: float = 0.02
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, values: Pass):
+        c, d = self.config, self.config.head_dim
+        observe(self, "input", x, values)
+        project = lambda name, heads: Linear(  # noqa: E731
+            (self.width, heads * d), c.bias, self.std, self.dtype, name=name
+        )(x)
+        q = rearrange(project("q", c.heads), "b s (h d) -> b s h d", d=d)
+        k = rearrange(project("k", c.kv_heads), "b s (h d) -> b s h d", d=d)
+        v = rearrange(project("v", c.kv_heads), "b s (h d) -> b s h d", d=d)
+        if c.qk_norm is not None:
+            q = Norm(c.qk_norm, d, self.dtype, name="q_norm")(q)
+            k = Norm(c.qk_norm, d, self.dtype, name="k_norm")(k)
+        if c.rope is not None:
+            q, k = (rotate(t, values.positions, c.rope) for t in (q, k))
+        if c.rotate_qk:
+            q, k = hadamard_transform(q), hadamard_transform(k)
+        cache, k, v = self._remember(k, v, values)
+        run = values.attend or attend
+        scale = d**-0.5 if c.scale is None else c.scale
+        mask = visibility(values, c.window)
+        mixed = run(q, k, v, mask, scale=scale, softcap=c.softcap)
+        mixed = rearrange(mixed, "b s h d -> b s (h d)")
+        observe(self, "mixed", mixed, values)
+        shape = (c.heads * d, self.width)
+        out = Linear(shape, c.out_bias, self.out_std, self.dtype, name="o")(mixed)
+        return out, cache
+
+    def _remember(self, k, v, values: Pass):
+        """Keys and values as later queries will see them, and the updated cache."""
+        if values.cache is not None:
+            cache = values.cache.write(k, v, values.positions, values.segments)
+            return cache, *cache.read(k.dtype)
+        if self.config.kv is not None:
+            k, v = self.config.kv.round(k), self.config.kv.round(v)
+        return None, k, v

@@ -1,0 +1,382 @@
+"""The decoder-only transformer: embedding, blocks, head, and its sites as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.core import weights
+from jaxllm.core.model import Model, Params, Residual, Site, get
+from jaxllm.models.attention import Attention
+from jaxllm.models.cache import LayerCache
+from jaxllm.models.config import MLP as MLPConfig
+from jaxllm.models.config import Layer, MoE, Norm, Policy
+from jaxllm.models.layers import Norm as NormModule
+from jaxllm.models.layers import Pass
+from jaxllm.models.mlp import MLP
+from jaxllm.models.mlp import MoE as MoEModule
+
+
+class Block(nn.Module):
+    """One layer: (hidden, values) -> (hidden, layer cache)."""
+
+    config: Layer
+    width: int
+    std: float = 0.02
+    out_std: float = 0.02
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, values: Pass):
+        attended, cache = self._attend(x, values)
+        if self.config.parallel:
+            return x + attended + self._feed(x, values), cache
+        x = x + attended
+        return x + self._feed(x, values), cache
+
+    def _norm(self, name: str, x):
+        return NormModule(self.config.norm, self.width, self.dtype, name=name)(x)
+
+    def _attend(self, x, values: Pass):
+        c = self.config
+        if c.attention is None:
+            return jnp.zeros_like(x), None
+        part = Attention(
+            c.attention, self.width, self.std, self.out_std, self.dtype, name="attn"
+        )
+        y, cache = part(self._norm("attn_norm", x), values)
+        return (self._norm("attn_post_norm", y) if c.post_norm else y), cache
+
+    def _feed(self, x, values: Pass):
+        c = self.config
+        if c.ffn is None:
+            return jnp.zeros_like(x)
+        kind, name = (MLP, "mlp") if isinstance(c.ffn, MLPConfig) else (MoEModule, "moe")
+        part = kind(c.ffn, self.width, self.std, self.out_std, self.dtype, name=name)
+        y = part(self._norm("mlp_norm", x), values)
+        return self._norm("mlp_post_norm", y) if c.post_norm else y
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockDefinition:
+    """What a block needs besides parameters; equal definitions share compilations."""
+
+    config: Layer
+    width: int
+    std: float
+    out_std: float
+    param_dtype: str
+
+    def module(self) -> Block:
+        dtype = jnp.dtype(self.param_dtype)
+        return Block(self.config, self.width, self.std, self.out_std, dtype)
+
+    def apply(self, params: Params, hidden, values: Pass):
+        """(hidden, layer cache, statistics by tap) of one block."""
+        (hidden, cache), sown = self.module().apply(
+            {"params": params}, hidden, values, mutable=["stats"]
+        )
+        return hidden, cache, sown.get("stats", {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+    """Configuration and forward pass of a model; hashable, no parameters inside.
+
+    ``positions`` is the size of a learned position table (0: none), whose row
+    ``position_offset`` is position 0. ``embed_scale`` multiplies embeddings.
+    ``family`` names the exchange layout that import and export use.
+    """
+
+    vocab_size: int
+    width: int
+    layers: tuple[Layer, ...]
+    norm: Norm | None = Norm()
+    tied: bool = False
+    embed_scale: float | None = None
+    positions: int = 0
+    position_offset: int = 0
+    logit_softcap: float | None = None
+    max_length: int = 2048
+    init_std: float = 0.02
+    policy: Policy = Policy()
+    family: str = "llama"
+
+    def __post_init__(self):
+        if not self.layers:
+            raise ValueError("a transformer needs at least one layer")
+
+    def blocks(self) -> tuple[tuple[str, BlockDefinition], ...]:
+        out_std = self.init_std / math.sqrt(2 * len(self.layers))
+        size = self.width, self.init_std, out_std, self.policy.param
+        return tuple(
+            (f"layers.{i}", BlockDefinition(layer, *size))
+            for i, layer in enumerate(self.layers)
+        )
+
+    def embed(self, params: Params, tokens, positions=None):
+        """Hidden states [batch, length, width] of int32 tokens [batch, length]."""
+        dtype = jnp.dtype(self.policy.compute)
+        hidden = weights.rows(params["embed"]["weight"], tokens).astype(dtype)
+        if self.embed_scale is not None:
+            hidden = hidden * jnp.asarray(self.embed_scale, dtype)
+        if self.positions:
+            table = params["positions"]["table"].astype(dtype)
+            hidden = hidden + table[positions + self.position_offset]
+        return hidden
+
+    def head(self, params: Params, hidden):
+        """Float32 logits [batch, length, vocabulary] of the last hidden states."""
+        if self.norm is not None:
+            module = NormModule(self.norm, self.width)
+            hidden = module.apply({"params": params["norm"]}, hidden)
+        name = "embed" if self.tied else "head"
+        logits = weights.dot(hidden, params[name]["weight"]).astype(jnp.float32)
+        if not self.tied and "bias" in params["head"]:
+            logits = logits + params["head"]["bias"].astype(jnp.float32)
+        if self.logit_softcap is not None:
+            logits = self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
+        return logits
+
+    def forward(
+        self,
+        params: Params,
+        tokens,
+        *,
+        positions=None,
+        segments=None,
+        cache=None,
+        scan: bool = False,
+        remat: bool = False,
+        attend=None,
+        hidden_only: bool = False,
+    ):
+        """Logits (and the cache when one is given); see ``Model.__call__``.
+
+        ``scan`` stacks runs of equal layers and compiles each run once; ``remat``
+        recomputes a block's activations in the backward pass; ``hidden_only`` stops
+        before the head.
+        """
+        positions = default_positions(tokens, positions)
+        hidden = self.embed(params, tokens, positions)
+        values = Pass(positions, segments, attend=attend)
+        run = _scanned if scan else _unrolled
+        hidden, cache = run(self, params, hidden, values, cache, remat)
+        out = hidden if hidden_only else self.head(params, hidden)
+        return out if cache is None else (out, cache)
+
+    def empty_cache(self, batch: int, length: int, dtype=None) -> dict[str, LayerCache]:
+        """A cache with room for ``length`` positions, by layer path."""
+        dtype = jnp.dtype(dtype or self.policy.compute)
+        return {
+            path: LayerCache.empty(batch, length, block.config.attention, dtype)
+            for path, block in self.blocks()
+            if block.config.attention is not None
+        }
+
+    def linears(self) -> tuple[str, ...]:
+        """Paths of the weights that methods compress unless told otherwise."""
+        return tuple(p for s in self.sites() for p in s.consumers if p != "head")
+
+    def sites(self) -> tuple[Site, ...]:
+        found = (
+            _layer_sites(path, b.config) for path, b in self.blocks()
+        )
+        head = ("embed",) if self.tied else ("head",)
+        last = Site(head, "final", "norm", _norm_kind(self.norm), exclusive=not self.tied)
+        sites = [*itertools.chain.from_iterable(found)]
+        return (*sites, last) if not self.tied else tuple(sites)
+
+    def residual(self) -> Residual:
+        readers, writers = [], []
+        for path, block in self.blocks():
+            reads, writes = _layer_residual(path, block.config)
+            readers += reads
+            writers += writes
+        head = ("embed",) if self.tied else ("head",)
+        readers.append(("norm" if self.norm else None, head))
+        return Residual(tuple(readers), tuple(writers))
+
+    def axes(self, path: str) -> tuple[str, str]:
+        """Logical axis names (in, out) of the weight at a path."""
+        name = path.rpartition(".")[2]
+        return {
+            "q": ("embed", "heads"),
+            "k": ("embed", "kv_heads"),
+            "v": ("embed", "kv_heads"),
+            "o": ("heads", "embed"),
+            "gate": ("embed", "mlp"),
+            "up": ("embed", "mlp"),
+            "down": ("mlp", "embed"),
+            "embed": ("embed", "vocab"),
+            "head": ("embed", "vocab"),
+        }.get(name, ("embed", "other"))
+
+
+def default_positions(tokens, positions):
+    if positions is not None:
+        return positions
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+
+
+def _apply(block: BlockDefinition, remat: bool):
+    run = lambda p, h, v: block.apply(p, h, v)[:2]  # noqa: E731
+    return jax.checkpoint(run) if remat else run
+
+
+def _unrolled(config: Transformer, params, hidden, values: Pass, cache, remat):
+    new = None if cache is None else dict(cache)
+    for path, block in config.blocks():
+        entry = None if cache is None else cache.get(path)
+        values_here = dataclasses.replace(values, cache=entry)
+        run = functools.partial(_run_block, block, remat)
+        hidden, entry = run(get(params, path), hidden, values_here)
+        if entry is not None:
+            new[path] = entry
+    return hidden, new
+
+
+def _run_block(block: BlockDefinition, remat: bool, params, hidden, values: Pass):
+    """One block, optionally rematerialised; only arrays cross the checkpoint."""
+    fixed = values.collect, values.attend
+
+    def run(params, hidden, positions, segments, weight, cache):
+        here = Pass(positions, segments, cache, fixed[0], weight, fixed[1])
+        return block.apply(params, hidden, here)[:2]
+
+    run = jax.checkpoint(run) if remat else run
+    arrays = values.positions, values.segments, values.weights, values.cache
+    return run(params, hidden, *arrays)
+
+
+def equal_runs(config: Transformer, params) -> list[list[str]]:
+    """Maximal runs of consecutive layers with equal definition and structure."""
+
+    def structure(item):
+        path, block = item
+        leaves, tree = jax.tree.flatten(get(params, path))
+        return block, tree, tuple((x.shape, x.dtype) for x in leaves)
+
+    groups = itertools.groupby(config.blocks(), structure)
+    return [[path for path, _ in group] for _, group in groups]
+
+
+def _scanned(config: Transformer, params, hidden, values: Pass, cache, remat):
+    """Like ``_unrolled``, each run of equal layers as one scan over stacked leaves."""
+    blocks, new = dict(config.blocks()), None if cache is None else dict(cache)
+    stack = lambda *xs: jnp.stack(xs)  # noqa: E731
+    for run in equal_runs(config, params):
+        block = blocks[run[0]]
+        stacked = jax.tree.map(stack, *(get(params, p) for p in run))
+        entries = [None if cache is None else cache.get(p) for p in run]
+        entries = jax.tree.map(stack, *entries) if entries[0] is not None else None
+
+        def step(hidden, layer, block=block):
+            weights_here, entry = layer
+            here = dataclasses.replace(values, cache=entry)
+            return _run_block(block, remat, weights_here, hidden, here)
+
+        hidden, entries = jax.lax.scan(step, hidden, (stacked, entries))
+        if entries is not None:
+            for i, path in enumerate(run):
+                new[path] = jax.tree.map(lambda x, i=i: x[i], entries)
+    return hidden, new
+
+
+def _norm_kind(norm: Norm | None) -> str:
+    return "norm_plus_one" if norm is not None and norm.plus_one else "norm"
+
+
+def _layer_sites(path: str, layer: Layer) -> list[Site]:
+    at = lambda *names: tuple(f"{path}.{n}" for n in names)  # noqa: E731
+    kind, found = _norm_kind(layer.norm), []
+    a, f = layer.attention, layer.ffn
+    if a is not None:
+        qkv = at("attn.q", "attn.k", "attn.v")
+        found.append(Site(qkv, f"{path}.attn.input", f"{path}.attn_norm", kind))
+        groups = dict(repeat=a.heads // a.kv_heads, head_dim=a.head_dim)
+        mixed = f"{path}.attn.mixed", f"{path}.attn.v", "linear"
+        found.append(Site(at("attn.o"), *mixed, **groups))
+    if isinstance(f, MLPConfig):
+        found += _mlp_sites(path, "mlp", f, f"{path}.mlp_norm", kind)
+    if isinstance(f, MoE):
+        e = at("moe.experts.gate", "moe.experts.up")
+        found.append(Site(e, f"{path}.moe.experts.input"))
+        down = at("moe.experts.down")
+        tap = f"{path}.moe.experts.hidden"
+        found.append(Site(down, tap, f"{path}.moe.experts.up"))
+        if f.shared is not None:
+            found += _mlp_sites(path, "moe.shared", f.shared, None, kind)
+    return found
+
+
+def _mlp_sites(path: str, name: str, mlp: MLPConfig, norm, kind: str) -> list[Site]:
+    """A product with ``up`` is linear in it; relu lets positive scales through."""
+    wide = ("gate", "up") if mlp.gated else ("up",)
+    linear = mlp.gated or mlp.activation == "relu"
+    base = f"{path}.{name}"
+    return [
+        Site(tuple(f"{base}.{n}" for n in wide), f"{base}.input", norm, kind),
+        Site((f"{base}.down",), f"{base}.hidden", f"{base}.up" if linear else None),
+    ]
+
+
+def _layer_residual(path: str, layer: Layer):
+    readers, writers = [], []
+    if layer.attention is not None:
+        qkv = tuple(f"{path}.attn.{n}" for n in "qkv")
+        readers.append((f"{path}.attn_norm", qkv))
+        writers.append(f"{path}.attn.o")
+    f = layer.ffn
+    if isinstance(f, MLPConfig):
+        names = ("gate", "up") if f.gated else ("up",)
+        reads = tuple(f"{path}.mlp.{n}" for n in names)
+        readers.append((f"{path}.mlp_norm", reads))
+        writers.append(f"{path}.mlp.down")
+    if isinstance(f, MoE):
+        names = ["router", "experts.gate", "experts.up"]
+        writers.append(f"{path}.moe.experts.down")
+        if f.shared is not None:
+            names += ["shared.gate", "shared.up"]
+            writers.append(f"{path}.moe.shared.down")
+            names += ["shared_gate"] if f.shared_gate else []
+        reads = tuple(f"{path}.moe.{n}" for n in names)
+        readers.append((f"{path}.mlp_norm", reads))
+    return readers, writers
+
+
+def init(config: Transformer, key: jax.Array) -> Model:
+    """A model with random parameters: normal(init_std), outputs scaled by depth."""
+    dtype = jnp.dtype(config.policy.param)
+    keys = iter(jax.random.split(key, len(config.layers) + 3))
+    normal = nn.initializers.normal(config.init_std)
+    table = (config.width, config.vocab_size)
+    params: Params = {"embed": {"weight": normal(next(keys), table, dtype)}, "layers": {}}
+    hidden = jnp.zeros((1, 2, config.width), jnp.dtype(config.policy.compute))
+    values = Pass(jnp.zeros((1, 2), jnp.int32))
+    for path, block in config.blocks():
+        made = block.module().init(next(keys), hidden, values)["params"]
+        params["layers"][path.removeprefix("layers.")] = made
+    if config.norm is not None:
+        norm = NormModule(config.norm, config.width, dtype)
+        params["norm"] = norm.init(next(keys), hidden)["params"]
+    if not config.tied:
+        params["head"] = {"weight": normal(next(keys), table, dtype)}
+    if config.positions:
+        rows = config.positions + config.position_offset
+        key = jax.random.fold_in(key, 1)
+        params["positions"] = {"table": normal(key, (rows, config.width), dtype)}
+    return Model(params, config)
+
+
+def parameter_count(model: Model) -> int:
+    """Number of stored parameters of a dense model."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(model.params))
