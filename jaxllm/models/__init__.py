@@ -1,6 +1,7 @@
 """Flax definitions of the language models; families differ by configuration only."""
 
 from jaxllm.models.config import MLP, Attention, Layer, MoE, Norm, Policy, Rope
+from jaxllm.models.hub import load_llama2c
 from jaxllm.models.transformer import Transformer, init
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "Rope",
     "Transformer",
     "init",
+    "load_llama2c",
 ]
