@@ -1,0 +1,61 @@
+"""Shared fixtures; the devices are chosen before anything imports jax."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAXLLM_TEST_PLATFORM", "cpu")
+_FLAG = "--xla_force_host_platform_device_count"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def _cache_folder() -> Path:
+    """One compilation cache for all test processes, outside the repository."""
+    base = os.environ.get("XDG_CACHE_HOME") or tempfile.gettempdir()
+    return Path(base) / f"jaxllm-tests-{os.getuid()}"
+
+
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder()))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import pytest  # noqa: E402
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of optional real data: JAXLLM_DATA, or shared/data beside the clone."""
+    named = os.environ.get("JAXLLM_DATA")
+    folder = Path(named) if named else REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no real data: set JAXLLM_DATA or put shared/data beside the clone")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories(shared_data):
+    """The stories260K model: a real pretrained Llama of 260 thousand parameters."""
+    from jaxllm.models import hub
+
+    return hub.load_llama2c(shared_data / "models/stories260K/stories260K.bin")
+
+
+@pytest.fixture(scope="session")
+def stories_tokenizer(shared_data):
+    from jaxllm.data.tokenizers import load_tokenizer
+
+    return load_tokenizer(shared_data / "models/stories260K/tok512.bin")
+
+
+@pytest.fixture(scope="session")
+def builtin():
+    """The built-in model, ``builtin:tiny``."""
+    from jaxllm.models import hub
+
+    return hub.load_builtin()
