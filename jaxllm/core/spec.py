@@ -128,7 +128,7 @@ def decode(data, resolve: Callable[[str], Callable] | None = None):
         return np.dtype(data["$dtype"])
     if "$type" in data:
         fields = {k: decode(v, resolve) for k, v in data.items() if k != "$type"}
-        return _class(data["$type"])(**fields)
+        return find_class(data["$type"])(**fields)
     if len(data) == 1 and resolve is not None:
         ((name, arguments),) = data.items()
         arguments = {k: decode(v, resolve) for k, v in (arguments or {}).items()}
@@ -145,7 +145,8 @@ def call(make: Callable, arguments: Mapping[str, Any]):
     return make(*args, **kwargs)
 
 
-def _class(qualified: str) -> type:
+def find_class(qualified: str) -> type:
+    """The dataclass of this package with a qualified name; no other is loaded."""
     module, _, name = qualified.rpartition(".")
     if module.partition(".")[0] not in ("jaxllm", "pallas_kernels"):
         raise ValueError(f"refused to load {qualified!r}: not a class of this package")
