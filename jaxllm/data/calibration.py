@@ -24,6 +24,8 @@ MODES = ("windows", "documents")
 # of about this many times the tokens that the windows hold.
 FIRST_DOCUMENTS = 10_000
 OVERSAMPLING = 4
+# No text has more characters a token: what a row cannot reach is not tokenised.
+LONGEST_MEAN = 32
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,22 @@ class Calibration:
                 f"tokens are {tokens.dtype} of shape {tokens.shape}, "
                 "expected integers [samples, length]"
             )
-        return cls._make(source, _plain_rows(tokens), 0, batch_size, "windows")
+        return cls.from_rows(_plain_rows(tokens), source, batch_size, mode="windows")
 
     @classmethod
-    def _make(
-        cls, source: str, rows: Rows, seed: int, batch_size: int, mode: str
+    def from_rows(
+        cls,
+        rows: Rows,
+        source: str,
+        batch_size: int = 8,
+        seed: int = 0,
+        mode: str = "documents",
     ) -> Calibration:
+        """A calibration set of packed rows (`pack_rows`), boundaries and weights kept.
+
+        Raises:
+          ValueError: batch_size below 1.
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
         shape, digest = rows.tokens.shape, _digest(rows)
@@ -114,7 +126,8 @@ def calibrate(
       source: A corpus, or the URI of one (its "train" split, so that nothing of the
         evaluation slice is seen).
       tokenizer: The model's tokenizer.
-      samples, length: Rows, and tokens of a row.
+      samples: Rows.
+      length: Tokens of a row.
       seed: Decides documents and offsets.
       batch_size: Rows of a batch.
       mode: "windows" cuts windows at random offsets of the token stream, documents
@@ -134,20 +147,26 @@ def calibrate(
         raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
     corpus = source if isinstance(source, Corpus) else documents(source)
     rng = np.random.default_rng(seed)
-    tokens = _draw_documents(corpus, tokenizer, samples * length, rng)
+    limit = length if mode == "documents" else None
+    tokens = _draw_documents(corpus, tokenizer, samples * length, limit, rng)
     draw = _windows if mode == "windows" else _documents
     rows = draw(tokens, samples, length, rng, corpus.name)
-    return Calibration._make(corpus.name, rows, seed, batch_size, mode)
+    return Calibration.from_rows(rows, corpus.name, batch_size, seed, mode)
 
 
 def _draw_documents(
-    corpus: Corpus, tokenizer: Tokenizer, needed: int, rng: np.random.Generator
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    needed: int,
+    limit: int | None,
+    rng: np.random.Generator,
 ) -> list[list[int]]:
-    """Token documents in seeded order, enough of them to draw `needed` tokens from."""
+    """Token documents, cut at a limit, in seeded order, enough to draw from."""
     texts = list(itertools.islice(corpus, FIRST_DOCUMENTS))
+    characters = None if limit is None else limit * LONGEST_MEAN
     drawn, count = [], 0
     for index in rng.permutation(len(texts)):
-        drawn.append(tokenizer.encode(texts[index]))
+        drawn.append(tokenizer.encode(texts[index][:characters])[:limit])
         count += len(drawn[-1])
         if count >= OVERSAMPLING * needed:
             break
@@ -178,14 +197,14 @@ def _documents(
     rng: np.random.Generator,
     name: str,
 ) -> Rows:
-    del rng  # the documents come in seeded order already
-    rows = pack_rows((ids[:length] for ids in tokens), length, fit="best")
+    rows = pack_rows(tokens, length, fit="best")
     if len(rows) < samples:
         raise ValueError(
             f"{name} fills {len(rows)} rows of {length} tokens, fewer than the "
             f"{samples} samples asked for"
         )
-    return rows.take(range(samples))
+    # Best fit puts long documents first; a random choice among the rows does not.
+    return rows.take(rng.permutation(len(rows))[:samples])
 
 
 def _plain_rows(tokens: np.ndarray) -> Rows:
@@ -201,6 +220,7 @@ def _plain_rows(tokens: np.ndarray) -> Rows:
 
 def _digest(rows: Rows) -> str:
     total = hashlib.sha256(repr(rows.tokens.shape).encode())
-    total.update(np.ascontiguousarray(rows.tokens, "<i4").tobytes())
-    total.update(np.ascontiguousarray(rows.segments, "<i4").tobytes())
+    for part in (rows.tokens, rows.segments, rows.weights):
+        kind = part.dtype.newbyteorder("<")
+        total.update(np.ascontiguousarray(part, kind).tobytes())
     return total.hexdigest()[:16]

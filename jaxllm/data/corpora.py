@@ -244,7 +244,9 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
     with parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
         if column not in names:
-            raise ValueError(f"{path} has no column {column!r}; its columns are {names}")
+            raise ValueError(
+                f"{path} has no column {column!r}; its columns are {names}"
+            )
         for batch in file.iter_batches(columns=[column]):
             for row in batch.to_pylist():
                 yield text_of(row, column, str(path))

@@ -27,7 +27,7 @@ def stream(name: str, split: str, field: str) -> Corpus:
       ConnectionError: No network, no such data set, or no permission.
       ValueError: Unknown split or column.
     """
-    path, _, config = _parse(name)
+    path, config = _parse(name)
     version = _revision(path)
     title = f"hf:{name}[{split}, {field}]"
 
@@ -35,7 +35,7 @@ def stream(name: str, split: str, field: str) -> Corpus:
         import datasets
 
         rows = datasets.load_dataset(
-            path, config or None, split=split, streaming=True, revision=version
+            path, config, split=split, streaming=True, revision=version
         )
         for row in rows:
             yield text_of(row, field, title)
@@ -54,11 +54,11 @@ def download_tokenizer(source: str) -> str:
         raise _unreachable(f"tokenizer of {name!r}", error) from error
 
 
-def _parse(name: str) -> tuple[str, str, str]:
+def _parse(name: str) -> tuple[str, str | None]:
     parts = name.strip("/").split("/", 2)
     if not parts[0]:
         raise ValueError("'hf:' needs the name of a data set: hf:owner/name[/config]")
-    return "/".join(parts[:2]), "/", parts[2] if len(parts) == 3 else ""
+    return "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
 
 
 def _revision(path: str) -> str:

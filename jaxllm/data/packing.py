@@ -72,9 +72,11 @@ def pack(
     """Packs token documents into one batch; see `pack_rows`.
 
     >>> batch = pack([[5, 6, 7], [8, 9]], length=4)
-    >>> batch.tokens.tolist(), batch.segments.tolist(), batch.positions.tolist()
-    ([[5, 6, 7, 8], [9, 0, 0, 0]], [[1, 1, 1, 2], [1, 0, 0, 0]], [[0, 1, 2, 0], [0, 0, 0, 0]])
-    """  # noqa: E501
+    >>> batch.tokens.tolist()
+    [[5, 6, 7, 8], [9, 0, 0, 0]]
+    >>> batch.segments.tolist()
+    [[1, 1, 1, 2], [1, 0, 0, 0]]
+    """
     return pack_rows(documents, length, weights=weights, fit=fit, pad_id=pad_id).batch()
 
 
@@ -118,8 +120,10 @@ def _weighted(documents: Iterable, weights: Iterable | None) -> list[Piece]:
         arrays = (np.asarray(tokens, np.int32) for tokens in documents)
         pieces = [Piece(tokens, np.ones(len(tokens), np.float32)) for tokens in arrays]
     else:
-        pairs = zip(documents, weights, strict=True)
-        pieces = [Piece(np.asarray(t, np.int32), np.asarray(w, np.float32)) for t, w in pairs]
+        pieces = [
+            Piece(np.asarray(tokens, np.int32), np.asarray(weight, np.float32))
+            for tokens, weight in zip(documents, weights, strict=True)
+        ]
     for number, (tokens, weight) in enumerate(pieces):
         if tokens.ndim != 1 or tokens.shape != weight.shape:
             raise ValueError(
