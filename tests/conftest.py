@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of optional real data: JAXLLM_DATA, or shared/data beside the clone."""
+    """Optional real data: JAXLLM_DATA, or shared/data beside the repository."""
     named = os.environ.get("JAXLLM_DATA")
     folder = Path(named) if named else REPOSITORY.parent / "shared" / "data"
     if not folder.is_dir():
