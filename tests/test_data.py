@@ -107,11 +107,21 @@ class TestCorpora:
         assert max(library.overlap(text, lines) for text in train) <= 0.5
         assert not set(train) & set(held)
 
-    def test_an_edited_and_renamed_version_would_be_found(self):
-        text = library.evaluation_documents()[0]
-        lines = library.telling_lines(text)
-        edited = text.replace("self", "me", text.count("self") // 4)
-        assert library.overlap(edited, lines) > 0.5
+    def test_other_versions_of_an_evaluation_file_stay_out(self, monkeypatch, tmp_path):
+        text = next(iter(data.documents("builtin:", "eval")))
+        files = {
+            "heapq.py": "rewritten = True\n",  # the path of an evaluation file
+            "copied.py": text,
+            "renamed/edited.py": text.replace("self", "me", text.count("self") // 4),
+            "empty.py": "",
+            "tests/other.py": "a test\n",
+            "new.py": "innocent = True\n",
+        }
+        for name, content in files.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(content)
+        monkeypatch.setattr(library, "library", lambda: tmp_path)
+        assert library.training_files.__wrapped__() == ("new.py",)
 
     def test_evaluation_slice_is_what_its_record_says(self):
         record = library.evaluation_record()
@@ -159,6 +169,7 @@ class TestCorpora:
         train, held = map(list, sides)
         assert not set(train) & set(held)
         assert sorted(train + held) == sorted(t.strip() for t in TEXTS * 2)
+        assert 0.1 < len(held) / len(train + held) < 0.5
 
     def test_single_document_is_cut_at_a_line(self, tmp_path):
         path = tmp_path / "long.txt"
@@ -387,6 +398,11 @@ class TestPacking:
             data.pack([[1]], 4, fit="tight")
 
 
+def test_best_fit_places_long_documents_first():
+    rows = data.pack_rows([[1] * n for n in (2, 2, 8, 8)], 10, fit="best")
+    assert len(rows) == 2 and (rows.segments > 0).all()
+
+
 class TestCalibration:
     def test_is_a_value(self, tiny):
         corpus = data.from_texts(TEXTS)
@@ -405,6 +421,15 @@ class TestCalibration:
         drawn = data.calibrate(data.from_texts([text]), tiny, samples=5, length=20)
         for row in drawn.tokens:
             assert tiny.decode(row) in text
+
+    def test_windows_reach_both_ends(self, tiny):
+        stream = tiny.encode("0123456789")
+        corpus = data.from_texts(["0123456789"])
+        drawn = data.calibrate(corpus, tiny, samples=50, length=len(stream) - 1)
+        assert {tuple(row) for row in drawn.tokens} == {
+            tuple(stream[:-1]),
+            tuple(stream[1:]),
+        }
 
     @pytest.mark.parametrize("mode", ["windows", "documents"])
     def test_digest_is_the_same_in_another_process(self, tiny, mode):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from jaxllm.data.corpora import Corpus
 from jaxllm.data.packing import Rows
@@ -122,7 +123,7 @@ def _encode(
     corpus: Corpus, tokenizer: Tokenizer, eos: bool, max_tokens: int | None
 ) -> Iterator[list[int]]:
     count = 0
-    texts = iter(corpus)
+    texts = iter(tqdm(corpus, f"tokenise {corpus.name}", corpus.count, delay=2))
     while chunk := list(itertools.islice(texts, CHUNK)):
         for ids in filter(None, tokenizer.encode_batch(chunk, eos=eos)):
             yield ids
