@@ -1,0 +1,1 @@
+"""The functional training loop: state, step, losses, schedules, optimisers."""
