@@ -58,6 +58,7 @@ class FolderStore:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _folder(self, name: str) -> Path:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=,()-]*", name):
-            raise ValueError(f"{name!r} cannot name a resume point: use [A-Za-z0-9_.-]")
+        part = r"[A-Za-z0-9_][A-Za-z0-9_.=,()-]*"
+        if not re.fullmatch(f"{part}(/{part})*", name):
+            raise ValueError(f"{name!r} cannot name a resume point: try [A-Za-z0-9_.-]")
         return self.path / name

@@ -177,8 +177,9 @@ def _replace(new: Path, target: Path) -> None:
 @contextlib.contextmanager
 def _writing_gs(uri) -> Iterator[Any]:
     folder = location(uri)
-    if jax.process_index() == 0:
-        (folder / MANIFEST).unlink(missing_ok=True)
+    if jax.process_index() == 0 and folder.exists():
+        (folder / MANIFEST).unlink(missing_ok=True)  # from here on no checkpoint
+        folder.rmtree()
     barrier(f"start {uri}")
     yield folder
     barrier(f"end {uri}")

@@ -82,20 +82,17 @@ def _describe(node, path: str, leaves: Leaves, seen: dict[int, str]) -> dict:
             named = dict(enumerate(node))
             children = _children(named, path, leaves, seen, any_key=True)
             return {type(node).__name__: [*children.values()]}
-    if hasattr(node, "shape") and hasattr(node, "dtype") and not _is_node(node):
-        return _describe_leaf(node, path, leaves, seen)
-    if dataclasses.is_dataclass(node):
+    if isinstance(node, type):
+        pass
+    elif dataclasses.is_dataclass(node):
         return _describe_dataclass(node, path, leaves, seen)
+    elif hasattr(node, "shape") and hasattr(node, "dtype"):
+        return _describe_leaf(node, path, leaves, seen)
     kind = f"{type(node).__module__}.{type(node).__qualname__}"
     raise TypeError(
         f"{path or 'the tree'} is a {kind}; accepted: arrays, numbers, strings, dicts, "
         "lists, tuples and registered dataclasses"
     )
-
-
-def _is_node(value) -> bool:
-    """Weights have a shape and a dtype too, but are made of leaves."""
-    return dataclasses.is_dataclass(value)
 
 
 def _children(items: Mapping, path, leaves, seen, any_key: bool = False) -> dict:
