@@ -1,0 +1,236 @@
+"""Model folders of Hugging Face: read tensor by tensor, written shard by shard."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jaxllm.core.model import Model, get, put
+from jaxllm.core.weights import Weight
+from jaxllm.models.hub.configs import read_config_data, write_config_data
+from jaxllm.models.hub.plan import Entry, leaf_paths, make_plan, match, tied_head
+from jaxllm.models.hub.safetensors import CODES, Tensor, open_folder, write_folder
+from jaxllm.models.transformer import Transformer
+
+CONFIG = "config.json"
+
+
+def read_folder_config(folder: str | Path, dtype: str = "float32") -> Transformer:
+    """The architecture of a model folder, from its ``config.json``."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"no {CONFIG} in {str(folder)!r}")
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds {type(raw).__name__}; accepted: an object")
+    try:
+        return read_config_data(raw, dtype)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def load_folder(folder: str | Path, dtype: str = "float32") -> Model:
+    """The model of a Hugging Face folder (``config.json`` and safetensors).
+
+    Names, shapes and types are checked from the headers before a tensor is read;
+    then host memory holds the model and one tensor.
+
+    Raises:
+      FileNotFoundError: No configuration, no safetensors, or a missing shard.
+      ValueError: Unsupported configuration; missing, unexpected, misshapen or
+        non-finite tensors; truncated or damaged files.
+    """
+    folder = Path(folder)
+    config = read_folder_config(folder, dtype)
+    plan = make_plan(config)
+    tensors = open_folder(folder)
+    try:
+        found = match(tensors, plan, config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    jobs = [(tensors[n], plan[k]) for n, k in found.items() if k is not None]
+    for tensor, entry in jobs:
+        if tensor.shape != entry.shape:
+            raise ValueError(
+                f"{tensor.file}: tensor {tensor.name!r} is {list(tensor.shape)}, "
+                f"expected {list(entry.shape)}"
+            )
+    _check_tied_head(config, tensors, found)
+    return Model(_read_params(jobs, config, jnp.dtype(dtype)), config)
+
+
+def _read_params(jobs: list[tuple[Tensor, Entry]], config: Transformer, dtype) -> dict:
+    params: dict[str, Any] = {}
+    stacks: dict[str, np.ndarray] = {}
+    left: dict[str, int] = {}
+    for tensor, entry in tqdm(jobs, "load", disable=len(jobs) < 500):
+        values = entry.split(tensor.read())
+        for path, shape, value in zip(entry.parts, entry.shapes, values, strict=True):
+            if entry.expert is None:
+                params = put(params, path, _array(value, dtype))
+                continue
+            count = _experts(config, path)
+            stack = stacks.setdefault(path, np.empty((count, *shape), dtype))
+            stack[entry.expert] = value
+            left[path] = left.get(path, count) - 1
+            if not left[path]:
+                params = put(params, path, _array(stacks.pop(path), dtype))
+    return params
+
+
+def _array(values: np.ndarray, dtype) -> jax.Array:
+    """A device array that does not share memory with the mapped file."""
+    return jnp.asarray(np.array(values, dtype, order="C", copy=True))
+
+
+def _experts(config: Transformer, path: str) -> int:
+    return config.layers[int(path.split(".")[1])].ffn.experts
+
+
+def _check_tied_head(config: Transformer, tensors, found) -> None:
+    """A tied model's file may repeat the embedding as its head, but not another one."""
+    name = tied_head(config)
+    if name not in tensors:
+        return
+    embed = next(m for m in found if found[m] and _is_embedding(found[m], config))
+    if not np.array_equal(tensors[name].read(), tensors[embed].read()):
+        raise ValueError(
+            f"{tensors[name].file}: tensor {name!r} differs from {embed!r}, but "
+            "tie_word_embeddings is true"
+        )
+
+
+def _is_embedding(theirs: str, config: Transformer) -> bool:
+    return make_plan(config)[theirs].parts == ("embed.weight",)
+
+
+def save_pretrained(
+    model: Model, folder: str | Path, tokenizer=None, shard_bytes: float = 5e9
+) -> Path:
+    """Write a dense model as a Hugging Face folder that ``transformers`` loads.
+
+    Args:
+      model: A model of dense weights whose ``config.family`` can express it; rotary
+        pairs of neighbours are permuted to the halves that Hugging Face uses.
+      folder: Must not exist, or be empty. It appears when it is complete.
+      tokenizer: Saved beside the model; its special ids go into ``config.json``.
+      shard_bytes: Largest file; each is in host memory once.
+
+    Raises:
+      FileExistsError: The folder exists and is not empty.
+      TypeError: A weight is compressed; names it and its type.
+      ValueError: The family cannot express the model.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{str(folder)!r} exists; name a new folder")
+    _check_dense(model)
+    model = rotary_halves(model)
+    data = write_config_data(model.config)
+    plan = make_plan(model.config)
+    _check_shapes(model, plan)
+    kind = get(model.params, "embed.weight").dtype
+    data |= {"torch_dtype": str(kind)} | _special_ids(tokenizer)
+    jobs = [(e.theirs, *_lazy(model, e)) for e in plan.values()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        write_folder(part, jobs, shard_bytes)
+        (part / CONFIG).write_text(json.dumps(data, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save(part)
+        part.chmod(0o755)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _lazy(model: Model, entry: Entry):
+    """(bytes, make) of one tensor, made when its shard is written."""
+
+    def make() -> np.ndarray:
+        parts = [get(model.params, path) for path in entry.parts]
+        if entry.expert is not None:
+            parts = [x[entry.expert] for x in parts]
+        return entry.join([np.asarray(x) for x in parts])
+
+    dtype = get(model.params, entry.parts[0]).dtype
+    return int(np.prod(entry.shape)) * dtype.itemsize, make
+
+
+def _special_ids(tokenizer) -> dict[str, int | None]:
+    names = ("bos", "eos", "pad")
+    return {f"{n}_token_id": getattr(tokenizer, f"{n}_id", None) for n in names}
+
+
+def _check_dense(model: Model) -> None:
+    is_type = lambda x: isinstance(x, Weight)  # noqa: E731
+    for path, leaf in leaf_paths(model.params, is_leaf=is_type).items():
+        if is_type(leaf):
+            raise TypeError(
+                f"{path} is {type(leaf).__name__}: only dense models are exported (no "
+                "compressed exchange format is supported); save it as a checkpoint"
+            )
+        if np.dtype(leaf.dtype) not in CODES:
+            raise TypeError(f"{path} is {leaf.dtype}; accepted: floats of 2 to 8 bytes")
+
+
+def _check_shapes(model: Model, plan: dict[str, Entry]) -> None:
+    expected = {
+        part: shape if entry.expert is None else (_experts(model.config, part), *shape)
+        for entry in plan.values()
+        for part, shape in zip(entry.parts, entry.shapes, strict=True)
+    }
+    present = leaf_paths(model.params, lambda leaf: tuple(leaf.shape))
+    for path in sorted(expected.keys() | present.keys()):
+        if expected.get(path) != present.get(path):
+            raise ValueError(
+                f"{path} has shape {present.get(path)}, a {model.config.family} config "
+                f"expects {expected.get(path)}; save it as a checkpoint instead"
+            )
+
+
+def _halves(value, head_dim: int):
+    """Reorder channels so that pairs (0, 1), (2, 3) ... become (0, d/2), (1, ...)."""
+    heads = value.reshape(*value.shape[:-1], -1, head_dim // 2, 2)
+    return heads.swapaxes(-1, -2).reshape(value.shape)
+
+
+def rotary_halves(model: Model) -> Model:
+    """The same function with rotary pairs in halves: q and k (and their norms) permute.
+
+    The scores are sums over channels, so a permutation shared by q and k leaves them.
+    """
+    config, params = model.config, model.params
+    layers = list(config.layers)
+    for i, layer in enumerate(layers):
+        rope = layer.attention.rope if layer.attention else None
+        if rope is None or not rope.interleaved:
+            continue
+        if rope.fraction != 1.0:
+            raise ValueError("interleaved rotary embedding of a part of the head")
+        for name in ("q", "k", "q_norm", "k_norm"):
+            path = f"layers.{i}.attn.{name}"
+            group = get(params, f"layers.{i}.attn").get(name, {})
+            dim = layer.attention.head_dim
+            for leaf, value in group.items():
+                params = put(params, f"{path}.{leaf}", _halves(value, dim))
+        rope = dataclasses.replace(rope, interleaved=False)
+        attention = dataclasses.replace(layer.attention, rope=rope)
+        layers[i] = dataclasses.replace(layer, attention=attention)
+    config = dataclasses.replace(config, layers=tuple(layers))
+    return model.replace(params=params, config=config)
