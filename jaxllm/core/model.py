@@ -59,11 +59,22 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Residual:
-    """The residual stream: who reads it (after which norm) and who writes to it."""
+    """The residual stream: who reads it (after which norm) and who writes to it.
+
+    A reader is (path of its norm or None, all weights that the norm feeds); ``kinds``
+    has the norm's kind for each reader: ``rms``, ``rms_plus_one``, ``layer`` (subtracts
+    the mean, adds a bias) or None. ``post_norms`` has for each writer the path of the
+    norm between it and the stream, or None where it writes directly: what follows a
+    norm cannot be folded into the writer. ``embed`` and ``positions`` (a learned
+    position table [rows, width], or None) write the stream's first state.
+    """
 
     readers: tuple[tuple[str | None, tuple[str, ...]], ...]
     writers: tuple[str, ...]
     embed: str = "embed"
+    positions: str | None = None
+    kinds: tuple[str | None, ...] = ()
+    post_norms: tuple[str | None, ...] = ()
 
 
 class Architecture(Protocol):
@@ -75,9 +86,12 @@ class Architecture(Protocol):
 
     def embed(self, params: Params, tokens, positions=None) -> jax.Array: ...
     def blocks(self) -> tuple[tuple[str, Any], ...]: ...
+    def final(self, params: Params, hidden) -> jax.Array: ...
     def head(self, params: Params, hidden) -> jax.Array: ...
     def sites(self) -> tuple[Site, ...]: ...
     def residual(self) -> Residual: ...
+    @property
+    def head_path(self) -> str: ...
     def linears(self) -> tuple[str, ...]: ...
     def axes(self, path: str) -> tuple[str, str]: ...
     def forward(self, params: Params, tokens, **values): ...

@@ -97,7 +97,8 @@ class MoE(nn.Module):
     def __call__(self, x, values: Pass):
         c = self.config
         flat = x.reshape(-1, self.width)
-        router = Linear((self.width, c.experts), False, self.std, self.dtype, name="router")
+        shape = self.width, c.experts
+        router = Linear(shape, False, self.std, self.dtype, name="router")
         probabilities = jax.nn.softmax(router(flat).astype(jnp.float32), -1)
         share, index = jax.lax.top_k(probabilities, c.top_k)
         if c.normalize:

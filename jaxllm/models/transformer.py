@@ -18,11 +18,12 @@ from jaxllm.core.model import Model, Params, Residual, Site, get
 from jaxllm.models.attention import Attention
 from jaxllm.models.cache import LayerCache
 from jaxllm.models.config import MLP as MLPConfig
-from jaxllm.models.config import Layer, MoE, Norm, Policy
+from jaxllm.models.config import Layer, Norm, Policy
 from jaxllm.models.layers import Norm as NormModule
 from jaxllm.models.layers import Pass
 from jaxllm.models.mlp import MLP
 from jaxllm.models.mlp import MoE as MoEModule
+from jaxllm.models.sites import find_residual, find_sites
 
 
 class Block(nn.Module):
@@ -59,7 +60,8 @@ class Block(nn.Module):
         c = self.config
         if c.ffn is None:
             return jnp.zeros_like(x)
-        kind, name = (MLP, "mlp") if isinstance(c.ffn, MLPConfig) else (MoEModule, "moe")
+        dense = isinstance(c.ffn, MLPConfig)
+        kind, name = (MLP, "mlp") if dense else (MoEModule, "moe")
         part = kind(c.ffn, self.width, self.std, self.out_std, self.dtype, name=name)
         y = part(self._norm("mlp_norm", x), values)
         return self._norm("mlp_post_norm", y) if c.post_norm else y
@@ -85,6 +87,12 @@ class BlockDefinition:
             {"params": params}, hidden, values, mutable=["stats"]
         )
         return hidden, cache, sown.get("stats", {})
+
+    def run(self, params, hidden, positions, segments, weights, collect=()):
+        """(hidden, statistics) without a cache: what the walk calls."""
+        values = Pass(positions, segments, collect=collect, weights=weights)
+        hidden, _, stats = self.apply(params, hidden, values)
+        return hidden, stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,19 +137,37 @@ class Transformer:
         if self.embed_scale is not None:
             hidden = hidden * jnp.asarray(self.embed_scale, dtype)
         if self.positions:
+            self._check_length(tokens)
             table = params["positions"]["table"].astype(dtype)
             hidden = hidden + table[positions + self.position_offset]
         return hidden
 
+    def _check_length(self, tokens) -> None:
+        if tokens.shape[-1] > self.positions:
+            raise ValueError(
+                f"{tokens.shape[-1]} tokens, but the model has learned "
+                f"{self.positions} positions"
+            )
+
+    @property
+    def head_path(self) -> str:
+        """Where the head's weight is: a tied one is the embedding."""
+        return "embed" if self.tied else "head"
+
+    def final(self, params: Params, hidden):
+        """What the head reads: the last hidden states after the final norm."""
+        if self.norm is None:
+            return hidden
+        module = NormModule(self.norm, self.width)
+        return module.apply({"params": params["norm"]}, hidden)
+
     def head(self, params: Params, hidden):
         """Float32 logits [batch, length, vocabulary] of the last hidden states."""
-        if self.norm is not None:
-            module = NormModule(self.norm, self.width)
-            hidden = module.apply({"params": params["norm"]}, hidden)
-        name = "embed" if self.tied else "head"
-        logits = weights.dot(hidden, params[name]["weight"]).astype(jnp.float32)
-        if not self.tied and "bias" in params["head"]:
-            logits = logits + params["head"]["bias"].astype(jnp.float32)
+        head = params[self.head_path]
+        logits = weights.dot(self.final(params, hidden), head["weight"])
+        logits = logits.astype(jnp.float32)
+        if "bias" in head:
+            logits = logits + head["bias"].astype(jnp.float32)
         if self.logit_softcap is not None:
             logits = self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
         return logits
@@ -184,26 +210,14 @@ class Transformer:
 
     def linears(self) -> tuple[str, ...]:
         """Paths of the weights that methods compress unless told otherwise."""
-        return tuple(p for s in self.sites() for p in s.consumers if p != "head")
+        found = (p for s in self.sites() for p in s.consumers)
+        return tuple(p for p in found if p != self.head_path)
 
     def sites(self) -> tuple[Site, ...]:
-        found = (
-            _layer_sites(path, b.config) for path, b in self.blocks()
-        )
-        head = ("embed",) if self.tied else ("head",)
-        last = Site(head, "final", "norm", _norm_kind(self.norm), exclusive=not self.tied)
-        sites = [*itertools.chain.from_iterable(found)]
-        return (*sites, last) if not self.tied else tuple(sites)
+        return find_sites(self)
 
     def residual(self) -> Residual:
-        readers, writers = [], []
-        for path, block in self.blocks():
-            reads, writes = _layer_residual(path, block.config)
-            readers += reads
-            writers += writes
-        head = ("embed",) if self.tied else ("head",)
-        readers.append(("norm" if self.norm else None, head))
-        return Residual(tuple(readers), tuple(writers))
+        return find_residual(self)
 
     def axes(self, path: str) -> tuple[str, str]:
         """Logical axis names (in, out) of the weight at a path."""
@@ -225,11 +239,6 @@ def default_positions(tokens, positions):
     if positions is not None:
         return positions
     return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-
-
-def _apply(block: BlockDefinition, remat: bool):
-    run = lambda p, h, v: block.apply(p, h, v)[:2]  # noqa: E731
-    return jax.checkpoint(run) if remat else run
 
 
 def _unrolled(config: Transformer, params, hidden, values: Pass, cache, remat):
@@ -291,75 +300,14 @@ def _scanned(config: Transformer, params, hidden, values: Pass, cache, remat):
     return hidden, new
 
 
-def _norm_kind(norm: Norm | None) -> str:
-    return "norm_plus_one" if norm is not None and norm.plus_one else "norm"
-
-
-def _layer_sites(path: str, layer: Layer) -> list[Site]:
-    at = lambda *names: tuple(f"{path}.{n}" for n in names)  # noqa: E731
-    kind, found = _norm_kind(layer.norm), []
-    a, f = layer.attention, layer.ffn
-    if a is not None:
-        qkv = at("attn.q", "attn.k", "attn.v")
-        found.append(Site(qkv, f"{path}.attn.input", f"{path}.attn_norm", kind))
-        groups = dict(repeat=a.heads // a.kv_heads, head_dim=a.head_dim)
-        mixed = f"{path}.attn.mixed", f"{path}.attn.v", "linear"
-        found.append(Site(at("attn.o"), *mixed, **groups))
-    if isinstance(f, MLPConfig):
-        found += _mlp_sites(path, "mlp", f, f"{path}.mlp_norm", kind)
-    if isinstance(f, MoE):
-        e = at("moe.experts.gate", "moe.experts.up")
-        found.append(Site(e, f"{path}.moe.experts.input"))
-        down = at("moe.experts.down")
-        tap = f"{path}.moe.experts.hidden"
-        found.append(Site(down, tap, f"{path}.moe.experts.up"))
-        if f.shared is not None:
-            found += _mlp_sites(path, "moe.shared", f.shared, None, kind)
-    return found
-
-
-def _mlp_sites(path: str, name: str, mlp: MLPConfig, norm, kind: str) -> list[Site]:
-    """A product with ``up`` is linear in it; relu lets positive scales through."""
-    wide = ("gate", "up") if mlp.gated else ("up",)
-    linear = mlp.gated or mlp.activation == "relu"
-    base = f"{path}.{name}"
-    return [
-        Site(tuple(f"{base}.{n}" for n in wide), f"{base}.input", norm, kind),
-        Site((f"{base}.down",), f"{base}.hidden", f"{base}.up" if linear else None),
-    ]
-
-
-def _layer_residual(path: str, layer: Layer):
-    readers, writers = [], []
-    if layer.attention is not None:
-        qkv = tuple(f"{path}.attn.{n}" for n in "qkv")
-        readers.append((f"{path}.attn_norm", qkv))
-        writers.append(f"{path}.attn.o")
-    f = layer.ffn
-    if isinstance(f, MLPConfig):
-        names = ("gate", "up") if f.gated else ("up",)
-        reads = tuple(f"{path}.mlp.{n}" for n in names)
-        readers.append((f"{path}.mlp_norm", reads))
-        writers.append(f"{path}.mlp.down")
-    if isinstance(f, MoE):
-        names = ["router", "experts.gate", "experts.up"]
-        writers.append(f"{path}.moe.experts.down")
-        if f.shared is not None:
-            names += ["shared.gate", "shared.up"]
-            writers.append(f"{path}.moe.shared.down")
-            names += ["shared_gate"] if f.shared_gate else []
-        reads = tuple(f"{path}.moe.{n}" for n in names)
-        readers.append((f"{path}.mlp_norm", reads))
-    return readers, writers
-
-
 def init(config: Transformer, key: jax.Array) -> Model:
     """A model with random parameters: normal(init_std), outputs scaled by depth."""
     dtype = jnp.dtype(config.policy.param)
     keys = iter(jax.random.split(key, len(config.layers) + 3))
     normal = nn.initializers.normal(config.init_std)
     table = (config.width, config.vocab_size)
-    params: Params = {"embed": {"weight": normal(next(keys), table, dtype)}, "layers": {}}
+    embed = {"weight": normal(next(keys), table, dtype)}
+    params: Params = {"embed": embed, "layers": {}}
     hidden = jnp.zeros((1, 2, config.width), jnp.dtype(config.policy.compute))
     values = Pass(jnp.zeros((1, 2), jnp.int32))
     for path, block in config.blocks():

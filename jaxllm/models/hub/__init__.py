@@ -1,4 +1,4 @@
-"""Import and export of pretrained models: one URI scheme in, Hugging Face folders out."""
+"""Import and export of pretrained models: URIs in, Hugging Face folders out."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Blueprint:
 
     def _attention(self, windowed: bool, norm: Norm) -> Attention:
         if self.head_dim is None and self.width % self.heads:
-            raise ValueError(f"width {self.width} does not divide by {self.heads} heads")
+            raise ValueError(f"width {self.width} and {self.heads} heads do not divide")
         local = windowed and self.local_rope is not None
         return Attention(
             heads=self.heads,

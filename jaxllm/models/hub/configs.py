@@ -25,12 +25,12 @@ ACTIVATIONS = {
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
 HEADS_OF = ("ForCausalLM", "LMHeadModel", "Model")
-POSITIVE = frozenset(
-    "vocab_size width depth heads kv_heads head_dim hidden max_length "
-    "top_k experts expert_hidden".split()  # noqa: SIM905
+SIZES = frozenset(
+    """vocab_size width depth heads kv_heads head_dim hidden max_length top_k experts
+    expert_hidden shared_hidden""".split()
 )
 FLAGS = frozenset(
-    "tied qkv_bias out_bias mlp_bias parallel normalize".split()  # noqa: SIM905
+    ("tied", "qkv_bias", "out_bias", "mlp_bias", "parallel", "normalize")
 )
 
 
@@ -75,7 +75,7 @@ def write_config_data(config: Transformer) -> dict[str, Any]:
     family = FAMILIES.get(config.family)
     if family is None:
         known = ", ".join(sorted(FAMILIES))
-        raise ValueError(f"family {config.family!r} has no exchange form; one of {known}")
+        raise ValueError(f"family {config.family!r}; accepted at export: {known}")
     facts = describe(config)
     out: dict[str, Any] = {"architectures": [family.architecture]}
     out |= {"model_type": config.family, "torch_dtype": config.policy.param}
@@ -144,7 +144,7 @@ def _decode(field: str, key: str, value):
         raise ValueError(f"config key {key!r} = {value!r}; accepted: true, false")
     if value is None:
         return None
-    if field in POSITIVE and (type(value) is not int or value < 1):
+    if field in SIZES and (type(value) is not int or value < 1):
         raise ValueError(f"config key {key!r} = {value!r}; accepted: an integer >= 1")
     return value**-0.5 if field == "scale" else value
 
@@ -204,5 +204,5 @@ def _read_sparse(raw: dict, family: Family, depth: int) -> tuple[bool, ...]:
     if type(step) is not int or step < 1:
         raise ValueError(f"decoder_sparse_step = {step!r}; accepted: an integer >= 1")
     if bad := [i for i in dense if i not in range(depth)]:
-        raise ValueError(f"mlp_only_layers has {bad[0]!r}; the model has {depth} layers")
+        raise ValueError(f"mlp_only_layers has {bad[0]!r}; there are {depth} layers")
     return tuple(i not in dense and (i + 1) % step == 0 for i in range(depth))

@@ -56,7 +56,7 @@ def read_llama2c_config(path: str | Path, dtype: str = "float32") -> Transformer
     fields["vocabulary"] = abs(fields["vocabulary"])
     for name, value in fields.items():
         if not 0 < value < LIMIT:
-            raise ValueError(f"{path} is no llama2.c file: its header has {name} {value}")
+            raise ValueError(f"{path} is no llama2.c file: its {name} is {value}")
     if fields["dim"] % fields["heads"]:
         raise ValueError(f"{path}: dim {fields['dim']} / heads {fields['heads']}")
     config = _config(fields, tied, dtype)

@@ -126,7 +126,7 @@ def match(names, plan: dict[str, Entry], config: Transformer) -> dict[str, str |
         known = next((s for s in spellings if s in plan), None)
         buffer = any(fnmatch.fnmatchcase(name, pattern) for pattern in BUFFERS)
         if known is None and not buffer and name != head:
-            raise ValueError(f"unexpected tensor {name!r}: {config.family} has none such")
+            raise ValueError(f"unexpected tensor {name!r} for a {config.family}")
         found[name] = known
     if missing := sorted(set(plan) - set(found.values())):
         raise ValueError(f"tensor {missing[0]!r} is missing ({len(missing)} in all)")

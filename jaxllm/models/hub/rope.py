@@ -57,10 +57,10 @@ def read_rope(
     original = raw.pop("original_max_position_embeddings", None)
     old, new = raw.pop("rope_scaling", None), raw.pop("rope_parameters", None)
     given = dict(new or old or {})
-    if unknown := [k for k in given if isinstance(given[k], Mapping)]:
-        unknown = [k for k in unknown if k not in LAYER_TYPES]
-    if unknown:
-        raise ValueError(f"rope_parameters has layer type {unknown[0]!r}; {LAYER_TYPES}")
+    for kind, value in given.items():
+        if isinstance(value, Mapping) and kind not in LAYER_TYPES:
+            some = " or ".join(map(repr, LAYER_TYPES))
+            raise ValueError(f"rope_parameters has {kind!r}; accepted: {some}")
     read = lambda part, base: _read(part, base, fraction, original, max_length)  # noqa: E731
     if any(kind in given for kind in LAYER_TYPES):
         full = read(given.get("full_attention") or {}, theta)

@@ -96,7 +96,7 @@ def open_file(path: Path) -> dict[str, Tensor]:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if 8 + length > size:
-            raise ValueError(f"{path} is truncated or no safetensors file: {size} bytes")
+            raise ValueError(f"{path} is truncated or not safetensors: {size} bytes")
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
@@ -153,7 +153,8 @@ def write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
 def _tensor(name: str, entry: dict, path: Path, base: int) -> Tensor:
     start, stop = (int(x) for x in entry["data_offsets"])
     shape, code = tuple(map(int, entry["shape"])), str(entry["dtype"])
-    wanted = math.prod(shape) * DTYPES[code].itemsize if code in DTYPES else stop - start
+    known = code in DTYPES
+    wanted = math.prod(shape) * DTYPES[code].itemsize if known else stop - start
     if not 0 <= start <= stop or stop - start != wanted:
         raise ValueError(f"tensor {name!r} spans {stop - start} bytes, not {wanted}")
     return Tensor(name, path, code, shape, base + start, base + stop)
