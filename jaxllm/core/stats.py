@@ -163,6 +163,20 @@ class Stats:
     def through(self, op) -> Stats:
         return Stats({n: s.through(op) for n, s in self.items.items()})
 
+    def pooled(self, minimum: float) -> Stats:
+        """Experts (leading axis) with fewer tokens get the sum over all experts."""
+        counts = [s.count for s in self.items.values() if hasattr(s, "count")]
+        if not counts:
+            return self
+        few = counts[0] < minimum
+
+        def fill(leaf):
+            total = jnp.broadcast_to(leaf.sum(0, keepdims=True), leaf.shape)
+            return jnp.where(few.reshape(-1, *[1] * (leaf.ndim - 1)), total, leaf)
+
+        additive = {n: jax.tree.map(fill, s) for n, s in self.items.items() if n != "absmax"}
+        return Stats({**self.items, **additive})
+
     def __getattr__(self, name: str):
         items = object.__getattribute__(self, "items")
         if name in items:

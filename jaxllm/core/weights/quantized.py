@@ -22,7 +22,7 @@ class Quantized(Weight):
     """value = scale decode(code, zero), stored [out, in] with ``in`` minor.
 
     ``planes`` hold the packed codes [out, bytes]; ``scale`` [out, blocks] is an array
-    or itself a quantized weight [blocks, out] (double quantization); ``zero``
+    or itself quantized as a line [out * blocks, 1] (double quantization); ``zero``
     [out, blocks] or None. ``block`` inputs share a scale (None: the whole row); the
     last block may be short. ``stored`` codes per row differ from ``features`` only
     inside ``Sparse``, which keeps the codes of its non-zeros.
@@ -41,8 +41,8 @@ class Quantized(Weight):
     def encode(cls, values, scale, zero, format: Format, block, dtype) -> Quantized:
         """Round ``values`` [out, in] on the grid of stored ``scale`` and ``zero``."""
         features = values.shape[-1]
-        wide = _spread(_plain(scale), block, features)
-        shift = None if zero is None else _spread(_plain(zero), block, features)
+        wide = _spread(_plain(scale, len(values)), block, features)
+        shift = None if zero is None else _spread(zero.astype(jnp.float32), block, features)
         codes = format.encode(values / wide, shift)
         planes = pack(codes, format.bits)
         return cls(planes, scale, zero, format, block, features, str(dtype))
@@ -58,8 +58,9 @@ class Quantized(Weight):
         """Values of full-width codes [out, in], float32."""
         zero = self.zero
         if zero is not None:
-            zero = _spread(_plain(zero), self.block, self.features)
-        scale = _spread(_plain(self.scale), self.block, self.features)
+            zero = _spread(zero.astype(jnp.float32), self.block, self.features)
+        scale = _plain(self.scale, self.planes[0].shape[-2])
+        scale = _spread(scale, self.block, self.features)
         return self.format.decode(codes, zero) * scale
 
     def materialize(self):
@@ -68,9 +69,7 @@ class Quantized(Weight):
 
     def rows(self, ids: Int[Array, "*ids"]):
         pick = lambda leaf: jnp.take(leaf, ids, axis=-2, mode="clip")  # noqa: E731
-        scale = self.scale
-        if isinstance(scale, Weight):
-            scale = jnp.swapaxes(materialize(scale), -1, -2)
+        scale = _plain(self.scale, self.planes[0].shape[-2])
         mine = dataclasses.replace(
             self,
             planes=tuple(map(pick, self.planes)),
@@ -83,16 +82,17 @@ class Quantized(Weight):
         inner, outer = names
         blocks = (outer, None if self.block is None else inner)
         scale = self.scale
-        scale = scale.axes((None, outer)) if isinstance(scale, Weight) else blocks
+        scale = scale.axes((None, None)) if isinstance(scale, Weight) else blocks
         zero = None if self.zero is None else blocks
         planes = ((outer, inner),) * len(self.planes)
         return dataclasses.replace(self, planes=planes, scale=scale, zero=zero)
 
 
-def _plain(scale) -> Float[Array, "*lead out blocks"]:
-    if isinstance(scale, Weight):
-        return jnp.swapaxes(materialize(scale), -1, -2)
-    return scale.astype(jnp.float32)
+def _plain(scale, out: int) -> Float[Array, "*lead out blocks"]:
+    if not isinstance(scale, Weight):
+        return scale.astype(jnp.float32)
+    line = materialize(scale)
+    return line.reshape(*line.shape[:-2], out, -1)
 
 
 def _spread(per_block, block: int | None, features: int):

@@ -1,0 +1,301 @@
+"""Transforms: pure functions from model to model, and how they compose.
+
+``compress`` is the pipeline of a per-layer method (split -> solve -> correct), lifted
+over the model by the walk; ``rescale`` that of an equivalence over the sites.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.core import weights
+from jaxllm.core.equivalences import fold
+from jaxllm.core.formats import ActivationFormat
+from jaxllm.core.model import Model, Site, get, layer_key, put, select
+from jaxllm.core.spec import Expression, expression, walk_expressions
+from jaxllm.core.stats import Stats
+from jaxllm.core.walk import Monitor, walk
+from jaxllm.core.weights import ActivationQuantized, Sum, materialize, refine
+
+FEW_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a transform reads besides the model: data, key, selection, monitor."""
+
+    calibration: Any = None
+    key: Any = None
+    narrowed: tuple[tuple[str, ...], ...] = ()
+    monitor: Monitor | None = None
+
+    def paths(self, model: Model) -> tuple[str, ...]:
+        """The selected weights: the model's linears unless narrowed."""
+        chosen = model.config.linears()
+        if self.narrowed:
+            chosen = (*chosen, model.config.head_path)
+        for patterns in self.narrowed:
+            chosen = select(chosen, patterns)
+        return chosen
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Transform(Expression):
+    """``transform(model, calibration=None, key=None) -> Model``.
+
+    Its fields are its spec; the result's history ends with it. ``calibration`` is a
+    re-iterable of ``Batch``; it is required when the transform needs statistics.
+    """
+
+    def __call__(self, model, calibration=None, key=None, *, monitor=None) -> Model:
+        if self.needs and calibration is None:
+            raise ValueError(f"{self!r} needs calibration data ({', '.join(self.needs)})")
+        key = jax.random.key(0) if key is None else key
+        return self.apply(model, Context(calibration, key, (), monitor))
+
+    def apply(self, model: Model, context: Context) -> Model:
+        """Run the body and add this spec to the history."""
+        made = self.call(model, context)
+        spec = self
+        for patterns in reversed(context.narrowed):
+            spec = where(patterns if len(patterns) > 1 else patterns[0], spec)
+        return made.replace(history=model.history + spec)
+
+
+class _Group(Transform):
+    """A transform made of transforms: its members write the history."""
+
+    def apply(self, model: Model, context: Context) -> Model:
+        return self.call(model, context)
+
+
+transform = functools.partial(expression, kind=Transform)
+
+
+@functools.partial(expression, kind=_Group)
+def compose(*transforms):
+    """One transform that applies others from first to last."""
+    _check_transforms(transforms)
+
+    def run(model: Model, context: Context) -> Model:
+        for i, step in enumerate(transforms):
+            key = jax.random.fold_in(context.key, i)
+            monitor = context.monitor
+            monitor = None if monitor is None else monitor.scoped(f"{i}-{step.name}")
+            here = dataclasses.replace(context, key=key, monitor=monitor)
+            model = step.apply(model, here)
+        return model
+
+    return run
+
+
+@functools.partial(expression, kind=_Group)
+def where(pattern, transform):
+    """A transform narrowed to the weights that match ``pattern`` (or several).
+
+    ``layers.*.mlp`` covers everything below it; a pattern that matches nothing is an
+    error that lists the nearest paths.
+    """
+    _check_transforms((transform,))
+    patterns = (pattern,) if isinstance(pattern, str) else tuple(pattern)
+
+    def run(model: Model, context: Context) -> Model:
+        narrowed = dataclasses.replace(context, narrowed=(*context.narrowed, patterns))
+        narrowed.paths(model)
+        for part in walk_expressions(transform):
+            if getattr(part.call, "whole", False):
+                raise ValueError(f"{part!r} changes the whole model: it cannot be narrowed")
+        return transform.apply(model, narrowed)
+
+    return run
+
+
+def _check_transforms(items) -> None:
+    for item in items:
+        if not isinstance(item, Transform):
+            raise TypeError(f"{item!r} is not a transform")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """What happens to one weight: (w, stats, key) -> weight.
+
+    ``split(w, stats, key)`` takes a part out before ``solve(w, stats, key, support)``,
+    ``correct(error, stats, key)`` mends what the solver left, ``activations`` rounds
+    the input. Without ``solve`` the weight stays as it is.
+    """
+
+    solve: Any = None
+    split: Any = None
+    correct: Any = None
+    activations: ActivationFormat | None = None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        parts = (self.solve, self.split, self.correct)
+        return tuple(sorted({n for p in parts if p is not None for n in p.needs}))
+
+    def __call__(self, w, stats, key):
+        made = refine(w, functools.partial(self._dense, key), stats)
+        if self.correct is not None:
+            error = materialize(w) - materialize(made)
+            made = _added(made, self.correct(error, stats, key))
+        return made if self.activations is None else _rounded(made, self.activations)
+
+    def _dense(self, key, dense, stats, support):
+        if self.split is None:
+            return dense if self.solve is None else self.solve(dense, stats, key, support)
+        kept = self.split(dense, stats, key)
+        rest = dense - materialize(kept).astype(dense.dtype)
+        main = rest if self.solve is None else self.solve(rest, stats, key, support)
+        return Sum((main, kept))
+
+
+@expression
+def compress(solve=None, *, split=None, correct=None, activations=None):
+    """The body of a per-layer method: a ``Pipeline`` for every selected weight."""
+    pipeline = Pipeline(solve, split, correct, activations)
+
+    def run(model: Model, context: Context) -> Model:
+        paths, needs = context.paths(model), pipeline.needs
+        taps = {p: s.tap for s in model.config.sites() for p in s.consumers}
+        _check_fit(pipeline, model, paths)
+
+        def visit(params, block, stats):
+            for path in (p for p in paths if inside(p, block)):
+                w = get(params, f"{path}.weight")
+                found = stats[taps[path]] if needs else None
+                made = _solved(pipeline, w, found, layer_key(context.key, path))
+                params = put(params, f"{path}.weight", made)
+            return params
+
+        wants = lambda block: any(inside(p, block) for p in paths)  # noqa: E731
+        values = dict(label="compress", monitor=context.monitor, wants=wants)
+        return walk(model, context.calibration, needs, visit, **values)
+
+    return run
+
+
+def _added(w, term) -> Sum:
+    return Sum((*w.terms, term)) if isinstance(w, Sum) else Sum((w, term))
+
+
+def _rounded(w, format: ActivationFormat) -> ActivationQuantized:
+    """Round what reaches the weight: after any online transform, not before."""
+    if isinstance(w, weights.Transformed):
+        return dataclasses.replace(w, inner=_rounded(w.inner, format))
+    if isinstance(w, ActivationQuantized):
+        return dataclasses.replace(w, format=format)
+    return ActivationQuantized(w, format)
+
+
+def inside(path: str, block: str) -> bool:
+    """Whether a weight belongs to a block (the head is a block of its own)."""
+    return path == block or path.startswith(block + ".")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _solved(pipeline: Pipeline, w, stats, key):
+    """One layer, compiled once per pipeline and structure; experts share a program."""
+    if jax.eval_shape(materialize, w).ndim == 2:
+        return pipeline(w, stats, key)
+    count = jax.tree.leaves(w)[0].shape[0]
+    stats = None if stats is None else stats.pooled(FEW_TOKENS)
+    return jax.vmap(pipeline)(w, stats, jax.random.split(key, count))
+
+
+def _check_fit(pipeline: Pipeline, model: Model, paths) -> None:
+    """Trace every distinct layer once, so that a misfit is an error before compute."""
+    seen = set()
+    for path in paths:
+        w = get(model.params, f"{path}.weight")
+        leaves, tree = jax.tree.flatten(w)
+        signature = tree, tuple((x.shape, x.dtype) for x in leaves)
+        if signature in seen:
+            continue
+        seen.add(signature)
+        dense = jax.eval_shape(materialize, w)
+        needs = pipeline.needs
+        stats = _abstract_stats(needs, dense.shape) if needs else None
+        try:
+            jax.eval_shape(functools.partial(_solved, pipeline), w, stats, jax.random.key(0))
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{path}: {error}") from None
+
+
+def _abstract_stats(needs, shape):
+    x = jax.ShapeDtypeStruct((1, shape[-2]), jnp.float32)
+    of = lambda x: Stats.of(needs, x)  # noqa: E731
+    for _ in shape[:-2]:
+        of = jax.vmap(of)
+        x = jax.ShapeDtypeStruct((shape[0], *x.shape), x.dtype)
+    return jax.eval_shape(of, x)
+
+
+@expression
+def rescale(equivalence):
+    """The body of an equivalence method: every site with selected consumers."""
+
+    def run(model: Model, context: Context) -> Model:
+        chosen = set(context.paths(model))
+        sites = [s for s in model.config.sites() if chosen.issuperset(s.consumers)]
+
+        def visit(params, block, stats):
+            for site in sites:
+                if inside(site.consumers[0], block):
+                    params = _rescaled(equivalence, params, site, stats[site.tap])
+            return params
+
+        wants = lambda b: any(inside(s.consumers[0], b) for s in sites)  # noqa: E731
+        values = dict(label="rescale", monitor=context.monitor, wants=wants)
+        return walk(model, context.calibration, equivalence.needs, visit, **values)
+
+    return run
+
+
+def _rescaled(equivalence, params, site: Site, stats):
+    ws = tuple(get(params, f"{p}.weight") for p in site.consumers)
+    for path, w in zip(site.consumers, ws, strict=True):
+        if weights.compressed(w):
+            raise TypeError(f"{path} is {type(w).__name__}: rescale before compressing")
+    factor = _factor(equivalence, site, ws, stats)
+    return fold(params, site, factor)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _factor(equivalence, site: Site, ws, stats):
+    dense = tuple(w.astype(jnp.float32) for w in ws)
+    if dense[0].ndim == 2:
+        return equivalence(dense, stats, site)
+    one = lambda ws, stats: equivalence(ws, stats, site)  # noqa: E731
+    return jax.vmap(one)(dense, stats.pooled(FEW_TOKENS))
+
+
+@expression
+def sequence(*bodies):
+    """Bodies one after the other, as one method."""
+
+    def run(model: Model, context: Context) -> Model:
+        for i, body in enumerate(bodies):
+            monitor = context.monitor
+            monitor = None if monitor is None else monitor.scoped(str(i))
+            key = jax.random.fold_in(context.key, i)
+            model = body(model, dataclasses.replace(context, key=key, monitor=monitor))
+        return model
+
+    return run
+
+
+def plan(step: Transform, model: Model, calibration=None) -> Model:
+    """The shapes that a transform would give (leaves are ``ShapeDtypeStruct``).
+
+    Nothing is computed; misfits raise as they would in the real run.
+    """
+    run = lambda p: step(model.replace(params=p), calibration).params  # noqa: E731
+    params = jax.eval_shape(run, model.params)
+    return model.replace(params=params)

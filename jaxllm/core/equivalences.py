@@ -1,0 +1,127 @@
+"""Equivalences: changes of a site's weights that leave the model's function alone.
+
+A rescaling is called as ``equivalence(weights, stats, site) -> factor`` [in]: the
+shared input becomes x * factor, the consumers' rows are divided by it. ``fold`` puts
+the factor into the producer where that is exact; otherwise it stays online.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxllm.core import weights
+from jaxllm.core.model import Params, Site, get, put
+from jaxllm.core.spec import expression
+
+SMALL = 1e-5
+
+
+def pooled(site: Site, values: Float[Array, "in"]) -> Float[Array, "in"]:
+    """The largest value among input channels that one producer channel feeds."""
+    if site.repeat == 1:
+        return values
+    heads = values.reshape(-1, site.repeat, site.head_dim)
+    peak = heads.max(1, keepdims=True)
+    return jnp.broadcast_to(peak, heads.shape).reshape(values.shape)
+
+
+def row_peak(ws) -> Float[Array, "in"]:
+    """Largest magnitude of each input's weights over the site's consumers."""
+    return jnp.stack([jnp.abs(w).max(-1) for w in ws]).max(0)
+
+
+@expression(needs=("absmax",))
+def smooth(alpha: float = 0.5):
+    """SmoothQuant (arXiv:2211.10438, eq. 4): s = max|x|^alpha / max|w|^(1-alpha).
+
+    The input is divided by s, so that activations and weights share the range.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha {alpha}; accepted: 0 to 1")
+
+    def equivalence(ws, stats, site):
+        peak = jnp.maximum(pooled(site, stats.absmax.value), SMALL)
+        wide = jnp.maximum(pooled(site, row_peak(ws)), SMALL)
+        s = peak**alpha / wide ** (1 - alpha)
+        return 1 / jnp.maximum(s, SMALL)
+
+    return equivalence
+
+
+@expression(needs=("gram", "moments"))
+def searched(solve, steps: int = 20):
+    """AWQ (arXiv:2306.00978, eq. 4, 5): s = E|x|^a, a in [0, 1) with the least error.
+
+    The error is that of the consumers' outputs when ``solve`` rounds W s, measured
+    with the Gram matrix: sum of tr((W - V)T E[x xT] (W - V)). s is normalised by
+    sqrt(max s min s) as in the authors' code.
+    """
+    if steps < 1:
+        raise ValueError(f"steps {steps}; accepted: at least 1")
+
+    def equivalence(ws, stats, site):
+        magnitude = jnp.maximum(pooled(site, stats.moments.mean_absolute), SMALL)
+        h = stats.gram.mean
+
+        def scale(a):
+            s = jnp.maximum(magnitude**a, 1e-4)
+            return s / jnp.sqrt(s.max() * s.min())
+
+        def error(a):
+            s = scale(a)
+            total = 0.0
+            for w in ws:
+                made = weights.materialize(solve(w * s[:, None], stats))
+                delta = w - made.astype(jnp.float32) / s[:, None]
+                total += (delta * (h @ delta)).sum()
+            return total
+
+        tried = jnp.arange(steps) / steps
+        losses = jnp.stack([error(a) for a in tried])
+        return 1 / scale(tried[losses.argmin()])
+
+    return equivalence
+
+
+def fold(params: Params, site: Site, factor: Float[Array, "in"]) -> Params:
+    """Parameters in which the site's input is multiplied by ``factor``.
+
+    Consumers must be dense: a packed weight refuses, naming itself.
+    """
+    online = site.producer is None or not site.exclusive
+    for path in site.consumers:
+        w = get(params, f"{path}.weight")
+        if weights.compressed(w):
+            raise TypeError(
+                f"{path} is {type(w).__name__}: rescale before compressing it"
+            )
+        changed = (w / factor[..., :, None]).astype(w.dtype)
+        if online:
+            changed = weights.Transformed(weights.Scale(factor), changed)
+        params = put(params, f"{path}.weight", changed)
+    return params if online else _into_producer(params, site, factor)
+
+
+def _into_producer(params: Params, site: Site, factor) -> Params:
+    group = get(params, site.producer)
+    if site.kind == "linear":
+        kept = _producer_channels(site, factor)
+        w = group["weight"]
+        if weights.compressed(w):
+            raise TypeError(f"{site.producer} is {type(w).__name__}: rescale first")
+        changed = {"weight": (w * kept[..., None, :]).astype(w.dtype)}
+    else:
+        kept, one = factor, float(site.kind == "norm_plus_one")
+        scale = group["scale"]
+        changed = {"scale": ((scale + one) * kept - one).astype(scale.dtype)}
+    if "bias" in group:
+        changed["bias"] = (group["bias"] * kept).astype(group["bias"].dtype)
+    return put(params, site.producer, group | changed)
+
+
+def _producer_channels(site: Site, factor):
+    """One factor per producer channel: repeated heads share theirs."""
+    if site.repeat == 1:
+        return factor
+    return factor.reshape(-1, site.repeat, site.head_dim)[:, 0].reshape(-1)

@@ -1,0 +1,37 @@
+"""The members of the vocabulary by name, for specs written as text."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+
+from jaxllm.core import compose, equivalences, formats, metrics, patterns, scales
+from jaxllm.core import solvers, splits
+
+MODULES: tuple[ModuleType, ...] = (
+    compose,
+    equivalences,
+    formats,
+    metrics,
+    patterns,
+    scales,
+    solvers,
+    splits,
+)
+
+
+@functools.cache
+def members() -> dict[str, Callable]:
+    """Public functions and classes that the modules of the vocabulary define."""
+    found: dict[str, Callable] = {}
+    for module in MODULES:
+        for name, value in vars(module).items():
+            public = not name.startswith("_") and callable(value)
+            if public and getattr(value, "__module__", None) == module.__name__:
+                if name in found:
+                    raise ImportError(f"two members are called {name!r}")
+                if inspect.isfunction(value) or inspect.isclass(value):
+                    found[name] = value
+    return found

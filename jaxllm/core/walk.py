@@ -1,0 +1,203 @@
+"""The walk: the only layer-by-layer loop over a model outside the forward pass.
+
+Calibration batches move through the model block by block. For each block the
+statistics of every linear input are collected under the already changed prefix, the
+block is visited, and its outputs are computed anew. Methods never see any of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jaxllm.core.batch import Batch
+from jaxllm.core.model import Model, Params, get, put
+from jaxllm.core.stats import Stats
+
+Visit = Callable[[Params, str, dict[str, Stats]], Params]
+
+
+class Store(Protocol):
+    """Where resume points go: ``load`` gives what ``save`` put there, or None."""
+
+    def load(self, name: str) -> Any: ...
+    def save(self, name: str, tree: Any) -> None: ...
+
+
+@dataclasses.dataclass
+class Monitor:
+    """What watches a long computation: progress on the terminal, resume points, notes.
+
+    ``events`` collects one dictionary per visited block (path, seconds, errors).
+    ``offload`` keeps the hidden states of other batches on the host.
+    """
+
+    progress: bool = True
+    store: Store | None = None
+    offload: bool = False
+    events: list[dict] = dataclasses.field(default_factory=list)
+
+    def track(self, items: Iterable, label: str, total: int) -> Iterable:
+        """A progress bar that appears when the work takes over two seconds."""
+        bar = dict(desc=label, total=total, leave=False, delay=2.0)
+        return tqdm(items, **bar) if self.progress else items
+
+    def scoped(self, name: str) -> Monitor:
+        """The same monitor with resume points below ``name``; events are shared."""
+        store = None if self.store is None else _Scoped(self.store, name)
+        return dataclasses.replace(self, store=store, events=self.events)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scoped:
+    inner: Store
+    name: str
+
+    def load(self, name: str):
+        return self.inner.load(f"{self.name}/{name}")
+
+    def save(self, name: str, tree) -> None:
+        self.inner.save(f"{self.name}/{name}", tree)
+
+
+def walk(
+    model: Model,
+    batches: Iterable[Batch] | None,
+    needs: tuple[str, ...],
+    visit: Visit,
+    *,
+    label: str = "walk",
+    monitor: Monitor | None = None,
+    wants: Callable[[str], bool] = lambda path: True,
+) -> Model:
+    """Visit every block in order and return the model with the new parameters.
+
+    ``visit(params, path, stats)`` gets the whole parameters, the block's path and the
+    statistics by tap (full path), and returns the parameters with that block changed;
+    blocks for which ``wants(path)`` is false are passed through. Without ``needs``
+    nothing runs forward and ``batches`` is not read.
+    """
+    monitor = monitor or Monitor(progress=False)
+    config, params = model.config, model.params
+    states = _Hidden(config, params, batches if needs else (), monitor.offload)
+    blocks = config.blocks()
+    last = max((i for i, (path, _) in enumerate(blocks) if wants(path)), default=-1)
+    for i, (path, block) in enumerate(monitor.track(blocks, label, len(blocks))):
+        if wants(path):
+            start = time.perf_counter()
+            params = _resumed(params, path, monitor, lambda p, path=path, block=block: (
+                visit(p, path, states.collect(block, get(p, path), path, needs))
+            ))
+            _note(monitor, label, path, start, params)
+        if i < last or (needs and wants(config.head_path)):
+            states.advance(block, get(params, path))
+    if wants(config.head_path):
+        params = visit(params, config.head_path, states.final(config, params, needs))
+    return model.replace(params=params)
+
+
+def _resumed(params: Params, path: str, monitor: Monitor, make) -> Params:
+    """The block from its resume point, else computed and saved there.
+
+    A visit may change the block only: what it folds, it folds inside the block.
+    """
+    if monitor.store is not None:
+        found = monitor.store.load(path)
+        if found is not None:
+            return put(params, path, found)
+    params = make(params)
+    if monitor.store is not None:
+        monitor.store.save(path, get(params, path))
+    return params
+
+
+def _note(monitor: Monitor, label: str, path: str, start: float, params) -> None:
+    leaves = jax.tree.leaves(get(params, path))
+    if any(isinstance(x, jax.core.Tracer) for x in leaves):
+        return
+    jax.block_until_ready(leaves)
+    seconds = round(time.perf_counter() - start, 4)
+    monitor.events.append(dict(step=label, path=path, seconds=seconds))
+
+
+class _Hidden:
+    """The hidden states of all calibration batches in front of the current block."""
+
+    def __init__(self, config, params, batches, offload: bool):
+        self.offload = offload
+        self.items = []
+        for batch in batches:
+            positions = batch.positions
+            if positions is None:
+                steps = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
+                positions = jnp.broadcast_to(steps, batch.tokens.shape)
+            hidden = _embed(config, _embedding(params), batch.tokens, positions)
+            rest = (positions, batch.segments, batch.weights)
+            self.items.append((self._kept(hidden), rest))
+
+    def _kept(self, hidden):
+        return np.asarray(hidden) if self.offload else hidden
+
+    def collect(self, block, params, path, needs) -> dict[str, Stats]:
+        """Sums over all batches, by the full path of the tap."""
+        total: dict[str, Stats] = {}
+        for hidden, rest in self.items:
+            total = _collect(block, needs, params, hidden, *rest, total)
+        return {f"{path}.{tap}": found for tap, found in total.items()}
+
+    def final(self, config, params, needs) -> dict[str, Stats]:
+        """Statistics of the head's input."""
+        norm = {k: v for k, v in params.items() if k == "norm"}
+        found = [
+            _final(config, needs, norm, hidden, rest[2]) for hidden, rest in self.items
+        ]
+        return {"final": functools.reduce(Stats.__add__, found)} if found else {}
+
+    def advance(self, block, params) -> None:
+        self.items = [
+            (self._kept(_forward(block, params, hidden, *rest)), rest)
+            for hidden, rest in self.items
+        ]
+
+
+def _embedding(params: Params) -> Params:
+    return {k: v for k, v in params.items() if k in ("embed", "positions")}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(config, params, tokens, positions):
+    return config.embed(params, tokens, positions)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _collect(block, needs, params, hidden, positions, segments, weights, total):
+    """``total`` (empty at first) plus the statistics of one batch, by tap."""
+    stats = block.run(params, hidden, positions, segments, weights, collect=needs)[1]
+    found = dict(_flatten(stats, ""))
+    return {tap: total[tap] + s if total else s for tap, s in found.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(block, params, hidden, positions, segments, weights):
+    return block.run(params, hidden, positions, segments, weights)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _final(config, needs, norm, hidden, weights):
+    return Stats.of(needs, config.final(norm, hidden), weights)
+
+
+def _flatten(tree, prefix: str):
+    for name, node in tree.items():
+        if isinstance(node, Stats):
+            yield f"{prefix}{name}", node
+        else:
+            yield from _flatten(node, f"{prefix}{name}.")

@@ -1,0 +1,38 @@
+"""Published methods: ``<family>/<name>.py`` holds one, and its name is the file's.
+
+``from jaxllm.methods import gptq, wanda`` finds them by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxllm.core import card as _card
+from jaxllm.core import vocabulary as _vocabulary
+
+
+def entries() -> dict[str, _card.Entry]:
+    """All methods by name."""
+    return _card.discover(__name__)
+
+
+def find(name: str) -> Callable:
+    """The maker of a method, of a composition or of a member of the vocabulary."""
+    found = entries()
+    if name in found:
+        return found[name].make
+    core = _vocabulary.members()
+    if name in core:
+        return core[name]
+    raise ValueError(f"unknown method {_card.nearest(name, {**found, **core})}")
+
+
+def parse(text: str):
+    """The transform that a spec such as ``gptq(bits=3)`` names."""
+    return _card.parse(text, find)
+
+
+def __getattr__(name: str) -> Callable:
+    if not name.startswith("_") and name in (found := entries()):
+        return found[name].make
+    raise AttributeError(f"no method {name!r} in {__name__}")
