@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from jaxllm.core.batch import Batch
 from jaxllm.core.model import Model, combine
 from jaxllm.train.losses import Loss, next_token
+from jaxllm.train.record import Log, Stop, interruptible
 from jaxllm.train.saving import ResumePoints
 from jaxllm.train.state import State, initial_state, split_model
-from jaxllm.train.step import SpikeRule, make_evaluation, make_step
+from jaxllm.train.step import USUAL, SpikeRule, make_evaluation, make_step
 
 
 class BatchSource(Protocol):
@@ -37,9 +35,10 @@ class Run:
     step: Callable
     evaluate: Callable
     frozen: Model
-    rate: Callable
     batches: BatchSource
     held_out: Iterable[Batch] | None
+    eval_every: int
+    save_every: int
     place: Callable[[Batch], Batch]
 
 
@@ -61,8 +60,8 @@ def fit(
     accumulate: int = 1,
     clip: float | None = 1.0,
     policy=None,
-    spikes: SpikeRule | None = SpikeRule(),
-    place: Callable[[Batch], Batch] | None = None,
+    spikes: SpikeRule | None = USUAL,
+    mesh: Mesh | None = None,
     progress: bool = True,
 ) -> tuple[Model, list[dict]]:
     """Train a model; returns it with the log (one row per step).
@@ -83,7 +82,8 @@ def fit(
       held_out: Batches of the evaluation, every ``eval_every`` steps and at the end.
       save_every: Steps between resume points (0: only at the end).
       resume: False refuses a folder that already holds a run.
-      place: Puts a batch where it belongs, such as ``shard_rows(mesh)``.
+      mesh: Rows of a batch are split over its "data" axis; parameters that are not
+        laid out on a mesh are replicated over it (data parallelism).
       accumulate, clip, policy, spikes: See ``make_step``.
 
     Raises:
@@ -94,61 +94,73 @@ def fit(
         raise ValueError(f"steps is {steps}, expected 1 or more")
     loss = loss or next_token()
     mine, frozen = split_model(model, trainable)
+    if mesh is not None:
+        mine, frozen = (replicate(part, mesh) for part in (mine, frozen))
     state = initial_state(mine, optimizer, seed)
+    if mesh is not None:
+        state = replicate(state, mesh)
+    options = dict(accumulate=accumulate, clip=clip, policy=policy, spikes=spikes)
     run = Run(
-        step=make_step(
-            loss, optimizer, accumulate=accumulate, clip=clip, policy=policy, spikes=spikes
-        ),
+        step=make_step(loss, optimizer, **options),
         evaluate=make_evaluation(loss, policy),
         frozen=frozen,
-        rate=rate or (lambda step: float("nan")),
         batches=batches,
         held_out=held_out,
-        place=place or (lambda batch: batch),
+        eval_every=eval_every or steps,
+        save_every=save_every or steps,
+        place=shard_rows(mesh) if mesh is not None else _as_it_is,
     )
+    state, rows = _recorded(run, state, steps, folder, resume, rate, progress)
+    return combine(state.params, frozen), rows
+
+
+def _recorded(
+    run: Run, state: State, steps: int, folder, resume: bool, rate, progress: bool
+) -> tuple[State, list[dict]]:
+    """Run the steps that are left, with log, resume points and signals around them."""
+    rate = rate or (lambda updates: float("nan"))
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(interruptible())
-        points, log = None, Log(None)
+        points = path = None
         if folder is not None:
             points = stack.enter_context(_points(Path(folder), resume))
             state = points.restore(state) or state
-            log = stack.enter_context(Log(Path(folder) / "metrics.jsonl"))
-        log.cut(int(state.step))
-        bar = tqdm(total=steps, initial=int(state.step), disable=not progress)
+            path = Path(folder) / "metrics.jsonl"
+        done = int(state.step)
+        bar = tqdm(total=steps, initial=done, disable=not progress)
         bar = stack.enter_context(bar)
-        every = eval_every or steps, save_every or steps
-        state = _steps(run, state, steps, every, points, log, bar, stop)
-    return combine(state.params, frozen), log.rows
+        log = stack.enter_context(Log(path, rate, bar))
+        log.cut(done)
+        return _steps(run, state, steps, points, log, stop), log.rows
 
 
 def _steps(
-    run: Run, state: State, steps: int, every, points, log: Log, bar, stop
+    run: Run,
+    state: State,
+    steps: int,
+    points: ResumePoints | None,
+    log: Log,
+    stop: Stop,
 ) -> State:
-    eval_every, save_every = every
     at = int(state.step)
+    log.resume_clock()
     while at < steps:
-        start = time.perf_counter()
         batch = run.place(run.batches.batch(at))
-        rate = float(run.rate(at - int(state.guard.skipped)))
         state, metrics = run.step(state, run.frozen, batch)
-        row = {"step": at + 1, "loss": float(metrics.loss), "lr": rate}
-        seconds = time.perf_counter() - start
-        row |= {
-            "norm": float(metrics.norm),
-            "tokens": int(metrics.tokens),
-            "tokens_per_second": round(batch.tokens.size / seconds, 1),
-            "skipped": int(metrics.skipped),
-        }
         at += 1
-        if run.held_out is not None and (at % eval_every == 0 or at == steps):
-            row["eval_loss"] = evaluate(run, state)
-        log.add(row)
-        bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-        bar.update()
-        if points and (at % save_every == 0 or at == steps or stop.signal):
+        log.push(at, metrics, batch.tokens.size)
+        last = at == steps
+        if run.held_out is not None and (last or at % run.eval_every == 0):
+            log.flush(eval_loss=evaluate(run, state))
+            log.resume_clock()
+        save = last or at % run.save_every == 0 or stop.signal is not None
+        if points is not None and save:
+            log.flush()
             points.save(state)
-        if stop.signal and at < steps:
-            stop.leave(at)
+            log.resume_clock()
+        if stop.signal is not None and not last:
+            stop.leave(at, saved=points is not None)
+    log.flush()
     return state
 
 
@@ -162,87 +174,24 @@ def evaluate(run: Run, state: State) -> float:
     return total / weight
 
 
-def shard_rows(mesh: jax.sharding.Mesh, axis: str = "data") -> Callable[[Batch], Batch]:
-    """Places the rows of a batch over one axis of a mesh (data parallelism).
+def shard_rows(mesh: Mesh, axis: str = "data") -> Callable[[Batch], Batch]:
+    """Places the rows of a batch over one axis of a mesh.
 
-    With parameters replicated over the same mesh, ``jit`` inserts the reductions.
+    With parameters replicated over that axis, ``jit`` inserts the reductions.
     """
-    spec = jax.sharding.PartitionSpec(axis)
-    sharding = jax.sharding.NamedSharding(mesh, spec)
+    sharding = NamedSharding(mesh, PartitionSpec(axis))
     return lambda batch: jax.device_put(batch, sharding)
 
 
-class Log:
-    """Rows of metrics, in memory and (with a path) as JSON lines; a context manager."""
+def replicate(tree, mesh: Mesh):
+    """The same tree on a mesh; a leaf that is laid out on a mesh stays as it is."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def __init__(self, path: Path | None):
-        self.rows: list[dict] = []
-        self._path, self._file = path, None
+    def place(leaf):
+        laid_out = isinstance(leaf.sharding, NamedSharding)
+        return leaf if laid_out else jax.device_put(leaf, everywhere)
 
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(self, *reason) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def cut(self, step: int) -> None:
-        """Go on after ``step``: what an interrupted run logged beyond it is dropped."""
-        if self._path is None:
-            return
-        if self._path.exists():
-            with self._path.open() as file:
-                rows = [json.loads(line) for line in file if line.endswith("\n")]
-            self.rows = [row for row in rows if row["step"] <= step]
-        part = self._path.with_suffix(".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        part.replace(self._path)
-        self._file = self._path.open("a")
-
-    def add(self, row: dict) -> None:
-        self.rows.append(row)
-        if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-
-
-class Stop:
-    """Which signal asked the run to end, if one did."""
-
-    signal: int | None = None
-
-    def leave(self, step: int) -> None:
-        message = f"stopped after step {step}; run it again to go on"
-        if self.signal == signal.SIGINT:
-            raise KeyboardInterrupt(message)
-        raise SystemExit(128 + self.signal)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[Stop]:
-    """Note SIGINT and SIGTERM instead of dying; a second signal acts as usual.
-
-    Outside the main thread, where Python allows no handlers, nothing is noted.
-    """
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    kinds = signal.SIGINT, signal.SIGTERM
-    before = {kind: signal.getsignal(kind) for kind in kinds}
-
-    def note(kind, frame):
-        stop.signal = kind
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for kind in kinds:
-        signal.signal(kind, note)
-    try:
-        yield stop
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+    return jax.tree.map(place, tree)
 
 
 def _points(folder: Path, resume: bool) -> ResumePoints:
@@ -255,3 +204,7 @@ def _points(folder: Path, resume: bool) -> ResumePoints:
             "resume it, or use another folder"
         )
     return points
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch

@@ -21,12 +21,13 @@ from jaxllm.train.state import Guard, State
 @dataclasses.dataclass(frozen=True)
 class Metrics:
     """Of one step: mean loss (nats per target), gradient norm before clipping,
-    target tokens, and 1 where the update was refused."""
+    target tokens, 1 where the update was refused, and the updates made before."""
 
     loss: Float[Array, ""]
     norm: Float[Array, ""]
     tokens: Float[Array, ""]
     skipped: Int[Array, ""]
+    updates: Int[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,9 @@ class SpikeRule:
         )
 
 
+USUAL = SpikeRule()
+
+
 def make_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
@@ -77,7 +81,7 @@ def make_step(
     accumulate: int = 1,
     clip: float | None = 1.0,
     policy: Policy | None = None,
-    spikes: SpikeRule | None = SpikeRule(),
+    spikes: SpikeRule | None = USUAL,
 ) -> Callable[[State, Model, Batch], tuple[State, Metrics]]:
     """The jitted step ``(state, frozen, batch) -> (state, metrics)``.
 
@@ -118,12 +122,12 @@ def make_step(
         if clip is not None:
             shrink = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * shrink, grads)
-        rule = spikes or SpikeRule()
-        refused, guard = rule.judge(state.guard, mean, norm)
-        if spikes is None:
-            refused, guard = jnp.zeros((), bool), state.guard
-        state = _update(state, optimizer, grads, refused, guard)
-        return state, Metrics(mean, norm, weight, refused.astype(jnp.int32))
+        refused, guard = jnp.zeros((), bool), state.guard
+        if spikes is not None:
+            refused, guard = spikes.judge(guard, mean, norm)
+        updates = state.step - state.guard.skipped
+        seen = Metrics(mean, norm, weight, refused.astype(jnp.int32), updates)
+        return _update(state, optimizer, grads, refused, guard), seen
 
     return jax.jit(step, donate_argnums=0)
 
@@ -180,7 +184,5 @@ def _update(state: State, optimizer, grads, refused, guard: Guard) -> State:
     updates, moved = optimizer.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     keep = lambda old, new: jnp.where(refused, old, new)  # noqa: E731
-    params, moved = jax.tree.map(
-        keep, (state.params, state.optimizer), (params, moved)
-    )
+    params, moved = jax.tree.map(keep, (state.params, state.optimizer), (params, moved))
     return State(state.step + 1, params, moved, state.key, guard)
