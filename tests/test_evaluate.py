@@ -8,38 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from letters import Letters
 
 from jaxllm.core import weights
 from jaxllm.core.formats import Integer
 from jaxllm.core.model import put
 from jaxllm.core.weights import Quantized
 from jaxllm.data.corpora import documents, from_texts
-from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.evaluate import perplexity, size
 from jaxllm.evaluate.perplexity import negative_log_likelihood
 from jaxllm.models import MLP, Attention, Layer, Transformer, init
 
 LENGTH = 32
 LOGITS = jax.jit(lambda model, tokens: model(tokens))
-
-
-class Letters(Tokenizer):
-    """One id per byte of ASCII text, plus BOS 128 and EOS 129."""
-
-    vocab_size, bos_id, eos_id = 130, 128, 129
-
-    def encode(self, text, bos=True, eos=False):
-        return self._with_eos([self.bos_id] * bos + list(text.encode("ascii")), eos)
-
-    def decode(self, ids):
-        return bytes(i for i in self._checked(ids) if i < 128).decode("ascii")
-
-    @property
-    def fingerprint(self):
-        return "letters"
-
-    def save(self, folder):
-        raise NotImplementedError("test only")
 
 
 @pytest.fixture(scope="module")

@@ -54,8 +54,8 @@ class Size:
         parts = ", ".join(f"{k} {v:,}" for k, v in self.bytes.items() if v)
         over = "compressed" if self.compressed else "all"
         return (
-            f"{self.total:,} bytes ({parts}); {self.bits_per_weight:.3f} bits per weight "
-            f"of {over} linear maps, {self.bits_per_parameter:.3f} of the whole model"
+            f"{self.total:,} bytes ({parts}); {self.bits_per_weight:.3f} bits per "
+            f"weight of {over} linear maps, {self.bits_per_parameter:.3f} of the whole model"
         )
 
 
@@ -83,7 +83,8 @@ def size(model: Model) -> Size:
         entries += weights.size(node) if fresh else 0
         if weights.compressed(node):
             packed.append(node)
-    linear = packed or [get(model.params, f"{p}.weight") for p in model.config.linears()]
+    every = (f"{path}.weight" for path in model.config.linears())
+    linear = packed or [get(model.params, path) for path in every]
     count = sum(map(weights.size, linear))
     used = sum(map(weights.nbytes, linear))
     return Size(held, sum(held.values()), used, count, len(packed), entries)

@@ -213,7 +213,8 @@ def _read_texts(tokenizer: Tokenizer, corpus: Corpus, spec: _Spec):
     else:
         texts = list(_enough(corpus, spec))
         read = [tokenizer.encode(JOINER.join(texts))]
-    return [np.asarray(ids, np.int32) for ids in read], corpus.name, digest_documents(texts)
+    ids = [np.asarray(row, np.int32) for row in read]
+    return ids, corpus.name, digest_documents(texts)
 
 
 def _enough(corpus: Corpus, spec: _Spec) -> Iterator[str]:
@@ -241,7 +242,7 @@ def _read_tokens(model: Model, tokens, texts):
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             shape = f"{ids.dtype} of shape {ids.shape}"
             raise ValueError(f"tokens are {shape}, expected vectors of integers")
-        if ids.size and not (0 <= ids.min() and ids.max() < size):
+        if ids.size and (ids.min() < 0 or ids.max() >= size):
             raise ValueError(f"tokens outside [0, {size}), the model's vocabulary")
         total.update(len(ids).to_bytes(8, "little") + ids.astype("<i4").tobytes())
     return read, "tokens", total.hexdigest()[:16]
@@ -284,8 +285,8 @@ def _describe(spec: _Spec, tokenizer: Tokenizer | None) -> str:
     words = {
         "windows": f"non-overlapping windows of {spec.window} tokens of the "
         "concatenated text, first token of a window not predicted",
-        "strided": f"windows of {spec.window} tokens with stride {spec.stride} over the "
-        f"concatenated text, each token predicted once after at least "
+        "strided": f"windows of {spec.window} tokens with stride {spec.stride} over "
+        f"the concatenated text, each token predicted once after at least "
         f"{spec.window - spec.stride} tokens or all before it",
         "documents": f"each document by itself {single}, at most {spec.window} tokens",
     }[spec.protocol]
