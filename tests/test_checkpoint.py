@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxllm import checkpoint, models
-from jaxllm.checkpoint.model import recorded, restore_tokenizer
+from jaxllm.checkpoint.model import recorded
 from jaxllm.core import structure, weights
 from jaxllm.core.compat import make_mesh
 from jaxllm.core.formats import ActivationFormat, Integer, normal_float
@@ -237,10 +237,10 @@ def test_tokenizer_travels_along(tmp_path):
     tokenizer = load_tokenizer("builtin:tiny")
     checkpoint.save(small_model(), tmp_path / "with", tokenizer=tokenizer)
     checkpoint.save(small_model(), tmp_path / "without")
-    again = restore_tokenizer(tmp_path / "with", load_tokenizer)
+    again = checkpoint.restore_tokenizer(tmp_path / "with", load_tokenizer)
     text = "def f(x):\n    return x"
     assert again.encode(text) == tokenizer.encode(text)
-    assert restore_tokenizer(tmp_path / "without", load_tokenizer) is None
+    assert checkpoint.restore_tokenizer(tmp_path / "without", load_tokenizer) is None
 
 
 def test_restores_onto_another_mesh(tmp_path):

@@ -7,7 +7,7 @@ without one is never taken for a checkpoint.
 """
 
 from jaxllm.checkpoint.manifest import FORMAT, read_manifest
-from jaxllm.checkpoint.model import restore, save
+from jaxllm.checkpoint.model import restore, restore_tokenizer, save
 from jaxllm.checkpoint.resume import FolderStore
 from jaxllm.checkpoint.storage import check_writable, stored_bytes
 
@@ -17,6 +17,7 @@ __all__ = [
     "check_writable",
     "read_manifest",
     "restore",
+    "restore_tokenizer",
     "save",
     "stored_bytes",
 ]

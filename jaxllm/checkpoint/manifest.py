@@ -32,8 +32,8 @@ def write(folder, manifest: dict[str, Any]) -> None:
     """Last of all files; only process 0 writes."""
     storage.barrier(f"manifest {folder}")
     if jax.process_index() == 0:
-        text = json.dumps(manifest, indent=1, ensure_ascii=False)
-        (folder / storage.MANIFEST).write_text(text + "\n")
+        rows = (f"{json.dumps(k)}: {json.dumps(v)}" for k, v in manifest.items())
+        (folder / storage.MANIFEST).write_text("{\n" + ",\n".join(rows) + "\n}\n")
 
 
 def load(folder, kind: str, uri) -> dict[str, Any]:

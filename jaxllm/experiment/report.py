@@ -1,4 +1,4 @@
-"""The report of a run: report.json holds every number, report.md and a plot show them."""
+"""The report of a run: report.json holds every number, report.md shows them."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ from jaxllm.core.compose import Transform
 from jaxllm.core.spec import call, encode
 from jaxllm.experiment.reader import join, override, parse_yaml, read, unknown
 
-
 DEFAULT_MODEL = "builtin:tiny"
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxllm import checkpoint, methods
 from jaxllm.checkpoint import storage
-from jaxllm.checkpoint.model import TOKENIZER, restore_tokenizer
+from jaxllm.checkpoint.model import TOKENIZER
 from jaxllm.core.model import Model
 from jaxllm.core.spec import decode
 from jaxllm.core.structure import abstract
@@ -67,7 +67,7 @@ def open_tokenizer(model: str, named: str | None = None) -> Tokenizer:
         return load_tokenizer(named)
     if not is_checkpoint(model):
         return load_tokenizer(tokenizer_uri(model))
-    found = restore_tokenizer(model, load_tokenizer)
+    found = checkpoint.restore_tokenizer(model, load_tokenizer)
     if found is None:
         raise FileNotFoundError(f"{model} brings no tokenizer; name one: tokenizer=...")
     return found
