@@ -238,20 +238,34 @@ def _abstract_stats(needs, shape):
 
 
 @expression
-def rescale(equivalence):
-    """The body of an equivalence method: every site with selected consumers."""
+def rescale(equivalence, *, sites: str = "all"):
+    """The body of an equivalence method: every site with selected consumers.
+
+    ``sites`` "norm" takes those whose producer is a norm, "all" also those behind a
+    linear map. A site whose factor no producer can take is left alone.
+    """
+    if sites not in ("all", "norm"):
+        raise ValueError(f"sites {sites!r}; accepted: 'all', 'norm'")
+    linear = sites == "all"
 
     def run(model: Model, context: Context) -> Model:
         chosen = set(context.paths(model))
-        sites = [s for s in model.config.sites() if chosen.issuperset(s.consumers)]
+        found = [
+            site
+            for site in model.config.sites()
+            if chosen.issuperset(site.consumers)
+            and site.producer is not None
+            and site.exclusive
+            and (linear or site.kind != "linear")
+        ]
 
         def visit(params, block, stats):
-            for site in sites:
+            for site in found:
                 if inside(site.consumers[0], block):
                     params = _rescaled(equivalence, params, site, stats[site.tap])
             return params
 
-        wants = lambda b: any(inside(s.consumers[0], b) for s in sites)  # noqa: E731
+        wants = lambda b: any(inside(s.consumers[0], b) for s in found)  # noqa: E731
         values = dict(label="rescale", monitor=context.monitor, wants=wants)
         return walk(model, context.calibration, equivalence.needs, visit, **values)
 
@@ -274,6 +288,35 @@ def _factor(equivalence, site: Site, ws, stats):
         return equivalence(dense, stats, site)
     one = lambda ws, stats: equivalence(ws, stats, site)  # noqa: E731
     return jax.vmap(one)(dense, stats.pooled(FEW_TOKENS))
+
+
+@expression
+def cached(format: ActivationFormat, *, rotate: bool = False):
+    """The body that stores keys and values in a number format.
+
+    ``rotate`` turns queries and keys by a Hadamard matrix after the rotary embedding,
+    which leaves their products alone and spreads the outliers of keys.
+    """
+
+    def run(model: Model, context: Context) -> Model:
+        return model.replace(config=model.config.with_cache(format, rotate))
+
+    run.whole = True
+    return run
+
+
+@transform
+def merge_adapters():
+    """Trained parts added into their dense weights; packed ones become dense."""
+
+    def run(model: Model, context: Context) -> Model:
+        for path in context.paths(model):
+            w = get(model.params, f"{path}.weight")
+            params = put(model.params, f"{path}.weight", weights.merge(w))
+            model = model.replace(params=params)
+        return model
+
+    return run
 
 
 @expression

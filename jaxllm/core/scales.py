@@ -170,7 +170,7 @@ class Grid:
         line = scale.reshape(-1, 1)
         inner = Grid(self.scale_format, self.scale_block)
         params = fit_all(inner, line, jnp.ones(len(line)), None)
-        return inner.pack(line, params, None, jnp.float32)
+        return inner.pack(line, params, None, "float32")
 
 
 def _stored(value, dtype):

@@ -133,6 +133,7 @@ def _sweep(plan: _Plan, dense, u, params, allowed):
         start = p * panel
         here = lambda x: jax.lax.dynamic_slice_in_dim(x, start, panel, 0)  # noqa: E731
         triangle = jax.lax.dynamic_slice(u, (start, start), (panel, panel))
+        free = here(allowed)
 
         def one_block(b, state):
             part, errors, params = state
@@ -141,7 +142,7 @@ def _sweep(plan: _Plan, dense, u, params, allowed):
                 cut = lambda x: jax.lax.dynamic_slice_in_dim(x, low, step, 0)  # noqa: E731
                 cost = 1 / cut(jnp.diagonal(triangle)) ** 2
                 fitted = plan.fit(
-                    cut(part), cost, cut(here(allowed)), start + low + jnp.arange(step) < count
+                    cut(part), cost, cut(free), start + low + jnp.arange(step) < count
                 )
                 params = plan.store(params, start + low, fitted)
 
@@ -150,7 +151,7 @@ def _sweep(plan: _Plan, dense, u, params, allowed):
                 i = low + j
                 row, line = part[i], triangle[i]
                 q = plan.set.snap(row, plan.of(params, start + i))
-                q = jnp.where(here(allowed)[i], q, 0.0)
+                q = jnp.where(free[i], q, 0.0)
                 error = (row - q) / line[i]
                 later = jnp.where(jnp.arange(panel) > i, line, 0.0)
                 part = (part - later[:, None] * error[None]).at[i].set(q)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 from jaxllm.core import compose, equivalences, formats, metrics, patterns, scales
-from jaxllm.core import solvers, splits
+from jaxllm.core import rotations, solvers, splits
 
 MODULES: tuple[ModuleType, ...] = (
     compose,
@@ -16,6 +16,7 @@ MODULES: tuple[ModuleType, ...] = (
     formats,
     metrics,
     patterns,
+    rotations,
     scales,
     solvers,
     splits,

@@ -20,12 +20,19 @@ from jaxllm.core.weights.base import (
 from jaxllm.core.weights.lowrank import LowRank, Sum, Trainable, merge
 from jaxllm.core.weights.quantized import Quantized
 from jaxllm.core.weights.sparse import Sparse
-from jaxllm.core.weights.transformed import Hadamard, Permutation, Scale, Transformed
+from jaxllm.core.weights.transformed import (
+    Hadamard,
+    Orthogonal,
+    Permutation,
+    Scale,
+    Transformed,
+)
 
 __all__ = [
     "ActivationQuantized",
     "Hadamard",
     "LowRank",
+    "Orthogonal",
     "Permutation",
     "Quantized",
     "Scale",

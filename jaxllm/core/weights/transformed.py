@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxllm.core.hadamard import hadamard_transform
+from jaxllm.core.hadamard import hadamard_matrix, hadamard_transform
 from jaxllm.core.weights import base
 from jaxllm.core.weights.base import Weight
 
@@ -74,10 +74,25 @@ class Hadamard:
 
 def _transposed(y, order):
     """y HT: the transform is symmetric only for Sylvester's matrices."""
-    width = y.shape[-1]
-    from jaxllm.core.hadamard import hadamard_matrix
+    return y @ jnp.asarray(hadamard_matrix(y.shape[-1], order).T, y.dtype)
 
-    return y @ jnp.asarray(hadamard_matrix(width, order).T, y.dtype)
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Orthogonal:
+    """x M with an orthogonal matrix M [in, in]."""
+
+    matrix: Float[Array, "*lead in in"]
+    diagonal = False
+
+    def apply(self, x):
+        return x @ self.matrix.astype(x.dtype)
+
+    def inverse(self, x):
+        return x @ self.matrix.T.astype(x.dtype)
+
+    def axes(self, name: str) -> Orthogonal:
+        return Orthogonal((None, None))
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,26 @@
+"""SVD-LLM: whiten by the Cholesky factor of the Gram matrix, so truncation is optimal."""
+
+from jaxllm.core.card import Card, Claim
+from jaxllm.core.compose import compress, transform
+from jaxllm.core.metrics import gram
+from jaxllm.core.solvers import svd as truncate
+
+card = Card(
+    "SVD-LLM",
+    paper="arXiv:2403.07378",
+    claims=(
+        Claim("svd_llm(0.8)", "svd(0.8)"),
+        Claim("svd_llm(0.6)", "svd(0.6)"),
+    ),
+    composes="on dense weights; its factors are not compressed further",
+)
+
+
+@transform
+def svd_llm(ratio: float | None = 0.8, rank: int | None = None, damping: float = 0.01):
+    """W = S^-1 trunc_r(S W) with S ST = E[x xT] (section 3.1, theorem 3.2).
+
+    ``ratio`` is the share of parameters kept. The paper's sequential update is the
+    walk's: each layer is whitened with the inputs of the already compressed prefix.
+    """
+    return compress(truncate(rank, None if rank else ratio, gram(damping)))

@@ -1,0 +1,302 @@
+"""The laws of the weight types, for every type and nesting that methods make."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.core import weights
+from jaxllm.core.formats import ActivationFormat, Integer, float_format, normal_float
+from jaxllm.core.hadamard import hadamard, hadamard_matrix, hadamard_transform
+from jaxllm.core.packing import pack, packed_bytes, unpack
+from jaxllm.core.patterns import Pattern
+from jaxllm.core.scales import Grid
+from jaxllm.core.solvers import nearest
+from jaxllm.core.weights import (
+    ActivationQuantized,
+    Hadamard,
+    LowRank,
+    Orthogonal,
+    Permutation,
+    Scale,
+    Sparse,
+    Sum,
+    Trainable,
+    Transformed,
+)
+
+ROWS, OUT = 44, 24  # rows: no multiple of a group of 32 or of 8 codes
+
+
+def dense(seed: int = 0, shape=(ROWS, OUT)) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def rounded(format, block=32, w=None, **more):
+    return nearest(Grid(format, block, **more))(dense() if w is None else w, None)
+
+
+def pruned(density=0.5, block=None, joint=False):
+    return nearest(Pattern(density, block, joint))(dense(), None)
+
+
+def gptq_on_zeros(sparse):
+    grid = nearest(Grid(Integer(4), 8))
+    solve = lambda w, stats, support: grid(w, stats, None, support)  # noqa: E731
+    return sparse.refine(solve, None)
+
+
+TYPES = {
+    **{f"int{b}": lambda b=b: rounded(Integer(b)) for b in range(1, 9)},
+    **{f"sint{b}": lambda b=b: rounded(Integer(b, True)) for b in (1, 4, 8)},
+    "per output": lambda: rounded(Integer(4), None),
+    "nf4 double": lambda: rounded(normal_float(4), 16, scale_format=Integer(8)),
+    "e2m1": lambda: rounded(float_format(2, 1), 16),
+    "e4m3": lambda: rounded(float_format(4, 3), None),
+    "2:4": lambda: pruned(0.5, 4),
+    "per row": lambda: pruned(0.3),
+    "one mask": lambda: pruned(0.4, 16, joint=True),
+    "2:4 int4": lambda: gptq_on_zeros(pruned(0.5, 4)),
+    "one mask int4": lambda: gptq_on_zeros(pruned(0.4, 16, joint=True)),
+    "low rank": lambda: LowRank(dense(1, (ROWS, 3)), dense(2, (3, OUT)), gain=0.5),
+    "sum": lambda: Sum((rounded(Integer(3)), pruned(0.1))),
+    "adapter": lambda: Sum(
+        (dense(), Trainable(LowRank(dense(1, (ROWS, 2)), dense(2, (2, OUT)))))
+    ),
+    "scaled": lambda: Transformed(Scale(jnp.exp(dense(3, (ROWS,)))), dense()),
+    "hadamard": lambda: Transformed(Hadamard(), rounded(Integer(4))),
+    "signed": lambda: Transformed(Hadamard(jnp.sign(dense(4, (ROWS,)))), dense()),
+    "across heads": lambda: Transformed(Hadamard(group=11), dense()),
+    "orthogonal": lambda: Transformed(
+        Orthogonal(jnp.linalg.qr(dense(5, (ROWS, ROWS)))[0]), dense()
+    ),
+    "permuted": lambda: Transformed(
+        Permutation(jax.random.permutation(jax.random.key(6), ROWS)), dense()
+    ),
+    "w4a8": lambda: ActivationQuantized(rounded(Integer(4)), ActivationFormat(8)),
+    "w8a8": lambda: ActivationQuantized(
+        rounded(Integer(8, True), None), ActivationFormat(8)
+    ),
+}
+ROUNDS_INPUT = {"w4a8", "w8a8"}
+
+
+@pytest.fixture(params=TYPES, scope="module")
+def named(request):
+    return request.param, TYPES[request.param]()
+
+
+def test_shape_and_dtype_are_those_of_the_dense_array(named):
+    _, w = named
+    made = w.materialize()
+    assert made.shape == w.shape == (ROWS, OUT)
+    assert made.dtype == jnp.dtype(w.dtype)
+    assert weights.size(w) == ROWS * OUT
+
+
+def test_dot_is_the_product_with_the_dense_array(named):
+    name, w = named
+    x = dense(7, (2, 5, ROWS))
+    expected = x @ w.materialize()
+    error = jnp.abs(w.dot(x) - expected).max() / jnp.abs(expected).max()
+    assert error < (0.02 if name in ROUNDS_INPUT else 1e-5)
+
+
+def test_jit_keeps_it(named):
+    _, w = named
+    x = dense(7, (5, ROWS))
+    jitted = jax.jit(lambda w, x: weights.dot(x, w))(w, x)
+    np.testing.assert_allclose(jitted, w.dot(x), rtol=1e-5, atol=1e-4)
+    leaves, tree = jax.tree.flatten(w)
+    again = tree.unflatten(leaves)
+    np.testing.assert_array_equal(again.materialize(), w.materialize())
+
+
+def test_leading_axes_work_under_vmap_and_serve_experts(named):
+    name, w = named
+    stack = jax.tree.map(lambda leaf: jnp.stack((leaf, leaf)), w)
+    both = jax.vmap(weights.materialize)(stack)
+    np.testing.assert_allclose(both[1], w.materialize(), atol=1e-6)
+    x = dense(8, (6, ROWS))
+    sizes = jnp.array([2, 4], jnp.int32)
+    served = weights.dot(x, stack, group_sizes=sizes)
+    np.testing.assert_allclose(served, x @ w.materialize(), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_are_the_columns_of_the_table(named):
+    _, w = named
+    ids = jnp.array([[3, 0], [OUT - 1, 3]])
+    expected = jnp.moveaxis(w.materialize()[:, ids], 0, -1)
+    np.testing.assert_allclose(weights.rows(w, ids), expected, atol=1e-5)
+
+
+def test_every_leaf_has_named_axes(named):
+    _, w = named
+    is_names = lambda x: isinstance(x, tuple) and all(  # noqa: E731
+        n is None or isinstance(n, str) for n in x
+    )
+    names = jax.tree.leaves(w.axes(("embed", "mlp")), is_leaf=is_names)
+    leaves = jax.tree.leaves(w)
+    assert [len(n) for n in names] == [leaf.ndim for leaf in leaves]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("count", (1, 7, 8, 33))
+def test_packing_is_exact_and_small(bits, count):
+    codes = np.random.default_rng(0).integers(0, 2**bits, (3, count)).astype(np.uint8)
+    planes = pack(jnp.asarray(codes), bits)
+    np.testing.assert_array_equal(unpack(planes, bits, count), codes)
+    assert sum(p.shape[-1] for p in planes) == packed_bytes(count, bits)
+    assert packed_bytes(count, bits) <= count * bits / 8 + 3
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_stored_bytes_are_codes_scales_and_zeros(bits):
+    w = rounded(Integer(bits), 32)
+    groups = -(-ROWS // 32)
+    assert weights.nbytes(w) == OUT * (packed_bytes(ROWS, bits) + groups * (2 + 1))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_rounding_is_to_the_nearest_point_of_the_stored_grid(bits):
+    values = dense(9)
+    w = rounded(Integer(bits), 32, values)
+    scale = jnp.repeat(w.scale.astype(jnp.float32), 32, -1)[:, :ROWS].T
+    error = jnp.abs(w.materialize() - values)
+    assert (error <= scale * 0.5 + 0.02 * jnp.abs(values)).all()
+
+
+@pytest.mark.parametrize("kind", ("2:4", "per row", "one mask"))
+def test_a_sparse_weight_keeps_the_values_of_its_mask(kind):
+    w = TYPES[kind]()
+    made, support = w.materialize(), w.support
+    np.testing.assert_array_equal(made, jnp.where(support, dense(), 0))
+    if kind == "2:4":
+        assert (support.reshape(-1, 4, OUT).sum(1) == 2).all()
+    if kind == "per row":
+        assert (support.sum(0) == round(0.3 * ROWS)).all()
+    assert weights.nbytes(w) < 0.6 * weights.nbytes(dense())
+
+
+@pytest.mark.parametrize("kind", ("2:4", "one mask"))
+def test_quantizing_a_sparse_weight_keeps_its_zeros_and_shrinks_it(kind):
+    sparse, small = TYPES[kind](), TYPES[f"{kind} int4"]()
+    assert not jnp.where(sparse.support, 0, small.materialize()).any()
+    kept = jnp.where(sparse.support, dense() - small.materialize(), 0)
+    assert jnp.abs(kept).max() < 0.3
+    assert weights.nbytes(small) < weights.nbytes(sparse) / 2
+
+
+def test_integer_product_is_exact():
+    """int8 x int8 -> int32 gives what the rounded factors give in float64."""
+    w = TYPES["w8a8"]()
+    assert w.integer_product
+    x = dense(10, (6, ROWS))
+    exact = np.float64(w.format.round(x)) @ np.float64(w.materialize())
+    np.testing.assert_allclose(w.dot(x), exact, rtol=2e-6, atol=2e-5)
+    text = str(jax.make_jaxpr(w.dot)(x))
+    assert "preferred_element_type=int32" in text
+
+
+def test_a_type_without_a_dense_part_refuses():
+    with pytest.raises(TypeError, match="Quantized has no dense part"):
+        rounded(Integer(4)).refine(lambda w, stats, support: w, None)
+    with pytest.raises(TypeError, match="LowRank has no dense part"):
+        TYPES["low rank"]().refine(lambda w, stats, support: w, None)
+
+
+def test_refine_reaches_the_open_part_through_every_shell():
+    """Sum, transform and activation rounding pass the solver to what they hold."""
+    seen = []
+
+    def solve(w, stats, support):
+        seen.append(w)
+        return jnp.zeros_like(w)
+
+    inner = Transformed(Scale(jnp.full(ROWS, 2.0)), dense())
+    shell = ActivationQuantized(Sum((inner, LowRank(dense(1, (ROWS, 2)), dense(2, (2, OUT))))), ActivationFormat(8))
+    from jaxllm.core.stats import Stats
+
+    x = dense(11, (9, ROWS))
+    made = shell.refine(solve, Stats.of(("gram", "absmax", "moments"), x))
+    np.testing.assert_array_equal(seen[0], dense())
+    np.testing.assert_allclose(made.materialize(), shell.inner.terms[1].materialize())
+
+
+@pytest.mark.parametrize("op", (Scale, Hadamard, Orthogonal, Permutation))
+def test_inverse_undoes_an_op(op):
+    made = {
+        Scale: lambda: Scale(jnp.exp(dense(3, (ROWS,)))),
+        Hadamard: lambda: Hadamard(jnp.sign(dense(4, (ROWS,)))),
+        Orthogonal: lambda: Orthogonal(jnp.linalg.qr(dense(5, (ROWS, ROWS)))[0]),
+        Permutation: lambda: Permutation(
+            jax.random.permutation(jax.random.key(6), ROWS)
+        ),
+    }[op]()
+    x = dense(12, (3, ROWS))
+    np.testing.assert_allclose(made.inverse(made.apply(x)), x, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", (1, 2, 12, 20, 28, 52, 64, 148, 172, 688, 640))
+def test_hadamard_matrices_are_orthogonal_and_the_transform_is_the_matrix(width):
+    matrix = hadamard_matrix(width)
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(width), atol=1e-4)
+    x = dense(13, (2, width))
+    np.testing.assert_allclose(hadamard_transform(x), x @ matrix, atol=1e-4)
+
+
+def test_hadamard_172_is_of_williamson_type():
+    h = hadamard(172).astype(int)
+    assert set(np.unique(h)) == {-1, 1}
+    np.testing.assert_array_equal(h @ h.T, 172 * np.eye(172))
+
+
+def test_hadamard_falls_back_to_the_largest_dividing_block():
+    matrix = hadamard_matrix(92)  # no construction here: 23 blocks of 4
+    assert (matrix != 0).sum() == 92 * 4
+
+
+@pytest.mark.parametrize("bits", (2, 4, 8))
+@pytest.mark.parametrize("symmetric", (True, False))
+@pytest.mark.parametrize("block", (None, 8))
+def test_stored_activations_are_the_rounded_ones(bits, symmetric, block):
+    format = ActivationFormat(bits, symmetric, block)
+    x = dense(14, (2, 3, 5, 16))
+    packed = format.encode(x)
+    np.testing.assert_allclose(format.decode(packed), format.round(x), atol=1e-6)
+    assert weights.nbytes(packed.codes) == x.size * bits // 8
+
+
+@pytest.mark.parametrize("bits", (4, 8))
+@pytest.mark.parametrize("symmetric", (True, False))
+def test_rounding_activations_errs_by_half_a_step(bits, symmetric):
+    x = dense(15, (64, 32))
+    spread = jnp.abs(x).max(-1) * 2 if symmetric else x.max(-1) - x.min(-1)
+    step = spread / (2**bits - (2 if symmetric else 1))
+    error = jnp.abs(ActivationFormat(bits, symmetric).round(x) - x).max(-1)
+    assert (error <= step * 0.52 + 0.01 * spread).all()
+
+
+@pytest.mark.parametrize("given", (0, 9, 2.5, "4"))
+def test_unknown_bit_widths_are_refused(given):
+    with pytest.raises(ValueError, match="accepted: 1 to 8"):
+        Integer(given)
+
+
+def test_normal_float_is_the_papers_table():
+    """The sixteen values that QLoRA's appendix E lists."""
+    listed = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+              -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+              0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+              0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+              0.7229568362236023, 1.0)  # fmt: skip
+    np.testing.assert_allclose(normal_float(4).levels, listed, atol=2e-6)
+
+
+def test_weights_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rounded(Integer(4)).block = 8
