@@ -49,11 +49,12 @@ PROTOCOL = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--out", type=Path, default=ASSETS)
     parser.add_argument("--commit", help="of the code that trained (default: HEAD)")
     parser.add_argument("--note", default="", help="for training.json")
     arguments = parser.parse_args()
-    config = train_config(yaml.safe_load(CONFIG.read_text())["train"])
+    config = train_config(yaml.safe_load(arguments.config.read_text())["train"])
     model, step = newest_model(config, arguments.run)
     rows = read_rows(arguments.run / "metrics.jsonl", step)
     record = describe(config, model, rows)

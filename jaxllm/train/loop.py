@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxllm.core.batch import Batch
 from jaxllm.core.model import Model, combine
 from jaxllm.train.losses import Loss, next_token
+from jaxllm.train.parallel import replicate, shard_rows
 from jaxllm.train.record import Log, Stop, interruptible
 from jaxllm.train.saving import ResumePoints
 from jaxllm.train.state import State, initial_state, split_model
@@ -83,7 +83,8 @@ def fit(
       save_every: Steps between resume points (0: only at the end).
       resume: False refuses a folder that already holds a run.
       mesh: Rows of a batch are split over its "data" axis; parameters that are not
-        laid out on a mesh are replicated over it (data parallelism).
+        laid out on a mesh are replicated over it (data parallelism). Its axes are
+        taken as automatic: the compiler finds the reductions.
       accumulate, clip, policy, spikes: See ``make_step``.
 
     Raises:
@@ -95,6 +96,7 @@ def fit(
     loss = loss or next_token()
     mine, frozen = split_model(model, trainable)
     if mesh is not None:
+        mesh = Mesh(mesh.devices, mesh.axis_names)
         mine, frozen = (replicate(part, mesh) for part in (mine, frozen))
     state = initial_state(mine, optimizer, seed)
     if mesh is not None:
@@ -172,26 +174,6 @@ def evaluate(run: Run, state: State) -> float:
     ]
     total, weight = (sum(map(float, column)) for column in zip(*pairs, strict=True))
     return total / weight
-
-
-def shard_rows(mesh: Mesh, axis: str = "data") -> Callable[[Batch], Batch]:
-    """Places the rows of a batch over one axis of a mesh.
-
-    With parameters replicated over that axis, ``jit`` inserts the reductions.
-    """
-    sharding = NamedSharding(mesh, PartitionSpec(axis))
-    return lambda batch: jax.device_put(batch, sharding)
-
-
-def replicate(tree, mesh: Mesh):
-    """The same tree on a mesh; a leaf that is laid out on a mesh stays as it is."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def place(leaf):
-        laid_out = isinstance(leaf.sharding, NamedSharding)
-        return leaf if laid_out else jax.device_put(leaf, everywhere)
-
-    return jax.tree.map(place, tree)
 
 
 def _points(folder: Path, resume: bool) -> ResumePoints:

@@ -57,7 +57,8 @@ def wsd(
       shape: "sqrt" (1 - sqrt(t), arXiv:2405.18392), "linear" or "exponential" (the
         paper's; ends at a hundredth of the peak when ``floor`` is 0).
     """
-    length = round(decay * steps) if isinstance(decay, float) else decay
+    share = isinstance(decay, float)
+    length = max(round(decay * steps), decay > 0) if share else decay
     if not 0 < length <= steps - warmup:
         raise ValueError(
             f"a decay of {decay} does not fit {steps} steps with {warmup} of warmup; "

@@ -25,6 +25,7 @@ from jaxllm.train.config import TrainConfig
 from jaxllm.train.curriculum import ShortFirst
 from jaxllm.train.loop import fit
 from jaxllm.train.losses import next_token
+from jaxllm.train.parallel import data_mesh
 from jaxllm.train.saving import ResumePoints
 from jaxllm.train.state import initial_state, split_model
 
@@ -60,7 +61,7 @@ def run_training(
     data, held_out = training_data(config, tokenizer)
     chosen = adapters(model) if config.kind == "lora" else None
     _record(folder, config, data)
-    mesh = jax.make_mesh((config.devices,), ("data",)) if config.devices > 1 else None
+    mesh = data_mesh(config.devices) if config.devices > 1 else None
     short = config.short_length
     trained, _ = fit(
         model,
