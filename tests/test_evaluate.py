@@ -16,7 +16,7 @@ from jaxllm.core.model import put
 from jaxllm.core.weights import Quantized
 from jaxllm.data.corpora import documents, from_texts
 from jaxllm.evaluate import perplexity, size
-from jaxllm.evaluate.perplexity import negative_log_likelihood
+from jaxllm.evaluate.likelihood import negative_log_likelihood
 from jaxllm.models import MLP, Attention, Layer, Transformer, init
 
 LENGTH = 32

@@ -1,14 +1,27 @@
-"""What a model costs: bytes by part and bits per weight, from its stored leaves."""
+"""What a model costs: measured bytes, bits per weight, speed, memory and arithmetic.
+
+Nothing here is a formula of a method: bytes are those of stored leaves, speed is timed
+on this device, arithmetic and memory are what the compiled program reports.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from jaxllm.core import weights
+from jaxllm.core import compat, weights
 from jaxllm.core.model import Model, get
+from jaxllm.evaluate import energy
+from jaxllm.generate import Sampler, loop
 
 PARTS = ("attention", "mlp", "embeddings", "norms", "head", "other")
 
@@ -55,7 +68,8 @@ class Size:
         over = "compressed" if self.compressed else "all"
         return (
             f"{self.total:,} bytes ({parts}); {self.bits_per_weight:.3f} bits per "
-            f"weight of {over} linear maps, {self.bits_per_parameter:.3f} of the whole model"
+            f"weight of {over} linear maps, "
+            f"{self.bits_per_parameter:.3f} of the whole model"
         )
 
 
@@ -104,3 +118,184 @@ def _part(name: str) -> str:
         "moe": "mlp",
     }
     return next((found[part] for part in parts if part in found), "other")
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Speed and memory of generation on this device.
+
+    Attributes:
+      prefill, decode: Tokens per second, medians of ``repeats`` after a warm-up.
+      batch, prompt_tokens, new_tokens: The workload.
+      repeats: Timed runs.
+      compile_seconds: Of both programs together.
+      flops_per_token: Of the prefill, by the compiler's own count (None: not given).
+      peak_bytes: Largest memory, by meter: ``program`` (the compiled programs' plan:
+        arguments, results and temporaries), ``device`` (its own counter), ``process``
+        (peak resident set); a meter that this device lacks is absent.
+      joules_per_token: Of decoding, or None; ``energy_source`` names the meter or says
+        why there is none.
+      device: Kind of the device.
+    """
+
+    prefill: float
+    decode: float
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    compile_seconds: float
+    flops_per_token: float | None
+    peak_bytes: dict[str, int]
+    joules_per_token: float | None
+    energy_source: str
+    device: str
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"prefill {self.prefill:,.0f}, decode {self.decode:,.0f} tokens per second "
+            f"on {self.device} (batch {self.batch}, {self.prompt_tokens} + "
+            f"{self.new_tokens} tokens, median of {self.repeats})"
+        )
+
+
+def speed(
+    model: Model,
+    *,
+    batch: int = 1,
+    prompt_tokens: int | None = None,
+    new_tokens: int | None = None,
+    repeats: int = 3,
+) -> Speed:
+    """Times greedy generation from random prompts.
+
+    Args:
+      batch: Rows.
+      prompt_tokens: Tokens of a prompt; half of the model's length, at most 128, by
+        default.
+      new_tokens: Tokens to write; what is left, at most 64, by default.
+      repeats: Timed runs, of which the median counts.
+
+    Raises:
+      ValueError: A size below 1 (two new tokens are the least: the first one belongs to
+        the prefill), or more tokens than the model takes.
+    """
+    longest = model.config.max_length
+    prompt = min(128, longest // 2) if prompt_tokens is None else prompt_tokens
+    new = min(64, longest - prompt) if new_tokens is None else new_tokens
+    if min(batch, prompt, repeats) < 1 or new < 2 or prompt + new > longest:
+        raise ValueError(
+            f"batch {batch}, prompt {prompt}, new {new}, repeats {repeats}: expected at "
+            f"least 1, 1, 2, 1 and at most {longest} tokens in a row"
+        )
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, prompt))
+    prompts, slots = loop.pad(model, ids.tolist(), new, 0, range(batch))
+    fixed = Sampler.of(vocab_size=model.config.vocab_size), loop.end_ids((), None)
+    start = time.perf_counter()
+    read = loop.prefill.lower(model, prompts, *fixed, slots=slots).compile()
+    state = read(model, prompts, *fixed)
+    steps = np.int32(new - 1)
+    write = loop.advance.lower(model, state, *fixed, steps).compile()
+    compiled = time.perf_counter() - start
+
+    times: list[tuple[float, float]] = []
+
+    def once() -> None:
+        first, state = _timed(lambda: read(model, prompts, *fixed))
+        times.append((first, _timed(lambda: write(model, state, *fixed, steps))[0]))
+
+    once()  # warm-up
+    times.clear()
+    used = energy.measure(lambda: [once() for _ in range(repeats)])
+    prefill, decode = (statistics.median(t) for t in zip(*times, strict=True))
+    flops = compat.cost_analysis(read).get("flops")
+    rows = len(prompts.length)
+    tokens = batch * (prompt + new) * repeats
+    return Speed(
+        batch * prompt / prefill,
+        batch * (new - 1) / decode,
+        batch,
+        prompt,
+        new,
+        repeats,
+        compiled,
+        None if not flops else flops / (rows * prompts.tokens.shape[1]),
+        peak_memory(read, write),
+        None if used.joules is None else used.joules / tokens,
+        used.source,
+        jax.devices()[0].device_kind,
+    )
+
+
+def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    out = jax.block_until_ready(run())
+    return time.perf_counter() - start, out
+
+
+def speed_up(before: Speed, after: Speed, noise: float = 0.05) -> str:
+    """In words: how much faster ``after`` is, or that there is no speed-up here.
+
+    Differences below ``noise`` (a fraction) do not count.
+    """
+    factors = {
+        "prefill": after.prefill / before.prefill,
+        "decode": after.decode / before.decode,
+    }
+    shown = ", ".join(f"{name} {factor:.2f}x" for name, factor in factors.items())
+    faster = any(factor > 1 + noise for factor in factors.values())
+    return f"speed-up: {shown}" if faster else f"no speed-up here ({shown})"
+
+
+def peak_memory(*programs: Any) -> dict[str, int]:
+    """Largest memory in bytes by each meter that this device has; see ``Speed``."""
+    found = {"process": _resident_peak()}
+    planned = [p for p in map(_planned, programs) if p is not None]
+    if planned:
+        found["program"] = max(planned)
+    device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if device is not None:
+        found["device"] = int(device)
+    return found
+
+
+def _planned(program: Any) -> int | None:
+    plan = program.memory_analysis()
+    if plan is None:
+        return None
+    held = plan.argument_size_in_bytes + plan.output_size_in_bytes
+    return int(held + plan.temp_size_in_bytes - plan.alias_size_in_bytes)
+
+
+def _resident_peak() -> int:
+    """Peak resident set; the unit is bytes on macOS and kilobytes elsewhere."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def cache_bytes_per_token(model: Model) -> float:
+    """Bytes that the key-value cache grows by with each position of a row.
+
+    Measured between two empty caches (of shapes alone), so that what does not grow,
+    such as static scales, is not counted.
+    """
+    held = lambda n: weights.nbytes(  # noqa: E731
+        jax.eval_shape(lambda: model.config.empty_cache(1, n))
+    )
+    return (held(192) - held(64)) / 128
+
+
+def disk_bytes(folder: str | Path) -> int:
+    """Bytes of all files below a folder (or of one file).
+
+    Raises:
+      FileNotFoundError: Nothing there.
+    """
+    path = Path(folder)
+    if not path.exists():
+        raise FileNotFoundError(f"nothing at {path}: cannot measure bytes on disk")
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())

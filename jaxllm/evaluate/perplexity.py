@@ -14,17 +14,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 from tqdm.auto import tqdm
 
-from jaxllm.core.batch import Batch
 from jaxllm.core.model import Model
 from jaxllm.data.corpora import Corpus, digest_documents, from_texts
-from jaxllm.data.packing import Rows, pack_rows
+from jaxllm.data.packing import pack_rows
 from jaxllm.data.tokenizers import Tokenizer, check_vocabulary
+from jaxllm.evaluate.likelihood import negative_log_likelihood, padded
 
 # The window of the compression papers since GPTQ (arXiv:2210.17323).
 PAPER_WINDOW = 2048
@@ -311,42 +308,10 @@ def _measure(model: Model, pieces, length: int, batch_size: int, progress: bool)
     total = 0.0
     steps = range(0, len(rows), size)
     for start in tqdm(steps, "perplexity", delay=2, leave=False, disable=not progress):
-        part = _padded(rows, start, size)
+        part = padded(rows.take(range(start, min(start + size, len(rows)))), size)
         nats = negative_log_likelihood(model, part)
         total += float(np.asarray(nats, np.float64).sum())
     return total, int(sum(s.sum() for s in share))
-
-
-def _padded(rows: Rows, start: int, size: int) -> Batch:
-    """A batch of exactly ``size`` rows; missing ones are all padding."""
-    part = rows.take(range(start, min(start + size, len(rows))))
-    fill = lambda x: np.pad(x, ((0, size - len(part)), (0, 0)))  # noqa: E731
-    arrays = part.tokens, part.segments, part.positions, part.weights
-    return Batch(*map(fill, arrays))
-
-
-@jax.jit
-def negative_log_likelihood(model: Model, batch: Batch) -> Float[Array, " rows"]:
-    """Summed nats of each row, every token weighted by ``batch.weights``.
-
-    The head is applied row by row: logits of [length, vocabulary] exist at a time.
-    """
-    hidden = model.config.forward(
-        model.params,
-        batch.tokens,
-        positions=batch.positions,
-        segments=batch.segments,
-        hidden_only=True,
-    )
-
-    def row(parts):
-        states, tokens, weights = parts
-        logits = model.config.head(model.params, states[None, :-1])[0]
-        target = jnp.take_along_axis(logits, tokens[1:, None], -1)[:, 0]
-        nats = jax.nn.logsumexp(logits, -1) - target
-        return jnp.sum(jnp.where(weights[1:] > 0, nats * weights[1:], 0.0))
-
-    return jax.lax.map(row, (hidden, batch.tokens, batch.weights))
 
 
 def _extent(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> tuple[int, int]:
