@@ -21,7 +21,7 @@ def _cache_folder() -> Path:
 
 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder()))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import pytest  # noqa: E402
 

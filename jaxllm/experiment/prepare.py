@@ -45,8 +45,8 @@ def prepare(config: Experiment) -> Prepared:
         tokenizer = load_tokenizer(config.train.tokenizer)
         shapes = _fresh(config.train, tokenizer)
     else:
-        tokenizer = sources.open_tokenizer(config.model, config.tokenizer)
         shapes = sources.open_shapes(config.model, config.dtype)
+        tokenizer = sources.open_tokenizer(config.model, config.tokenizer)
     check_vocabulary(tokenizer, shapes.config.vocab_size)
     _check_lengths(config, shapes.config.max_length, bool(_needs(steps)))
     corpora = tuple(documents(p.texts, p.split) for p in config.evaluate.perplexity)

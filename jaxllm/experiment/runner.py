@@ -75,7 +75,8 @@ class _Run:
         self.prepared, self.folder = prepared, folder
         self.progress, self.echo = progress, echo
         self.config = prepared.config
-        self.names = ["dense", *map(repr, prepared.transforms)]
+        first = "untrained" if prepared.pretrains else "dense"
+        self.names = [first, *map(repr, prepared.transforms)]
         if self.config.train is not None:
             self.names.append(f"train({self.config.train.kind})")
 

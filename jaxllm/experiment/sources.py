@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxllm import checkpoint, methods
 from jaxllm.checkpoint import storage
 from jaxllm.checkpoint.model import TOKENIZER
-from jaxllm.core.model import Model
+from jaxllm.core.model import History, Model
 from jaxllm.core.spec import decode
 from jaxllm.core.structure import abstract
 from jaxllm.data.tokenizers import Tokenizer, load_tokenizer
@@ -36,8 +36,10 @@ def open_model(uri: str, dtype: str = "float32") -> Model:
       FileNotFoundError, ValueError, ConnectionError: As the loaders say.
     """
     if is_checkpoint(uri):
-        return checkpoint.restore(uri, resolve=methods.find)
-    return hub.load_model(uri, dtype)
+        model = checkpoint.restore(uri, resolve=methods.find)
+    else:
+        model = hub.load_model(uri, dtype)
+    return model.replace(history=History(model.history.specs, uri))
 
 
 def open_shapes(uri: str, dtype: str = "float32") -> Model:
