@@ -375,13 +375,13 @@ class TestOptimizers:
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_approaches_a_target(self, model, name):
         """Towards a target of every leaf."""
-        rate = 0.3 if name == "sgd" else 0.02
+        rate = {"muon": 0.1}.get(name, 0.02)
         options = {} if name in ("sgd", "adafactor") else {"weight_decay": 0.0}
         chosen = optimizer(name, rate, **options)
-        goal = jax.tree.map(lambda x: x + 0.5, model.params)
-        far = lambda p: sum(  # noqa: E731
-            jnp.square(a - b).mean()
-            for a, b in zip(jax.tree.leaves(p), jax.tree.leaves(goal), strict=True)
+        away = lambda x: x + 0.5 * jax.random.normal(KEY, x.shape)  # noqa: E731
+        goal = jax.tree.map(away, model.params)
+        far = lambda params: (  # noqa: E731
+            0.5 * optax.global_norm(jax.tree.map(jnp.subtract, params, goal)) ** 2
         )
 
         @jax.jit
@@ -392,8 +392,7 @@ class TestOptimizers:
         params, state = model.params, chosen.init(model.params)
         for _ in range(60):
             params, state = move(params, state)
-        limit = 0.98 if name == "sgd" else 0.5
-        assert float(far(params)) < limit * float(far(model.params))
+        assert float(far(params)) < 0.2 * float(far(model.params))
 
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_decay_is_of_matrices(self, model, name):
