@@ -258,7 +258,8 @@ def _lambada(row: dict) -> Question:
 
 _OPTION = r"(?:Answer|Solution|Option|Ending)"
 _INSTRUCTION = re.compile(
-    rf"[^:]*: (?P<ask>.*?)\s*(?P<options>{_OPTION}1: .*?)\s*{_OPTION} format: ", re.DOTALL
+    rf"[^:]*: (?P<ask>.*?)\s*(?P<options>{_OPTION}1: .*?)\s*{_OPTION} format: ",
+    re.DOTALL,
 )
 
 

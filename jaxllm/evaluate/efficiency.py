@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +129,14 @@ class Speed:
       prefill, decode: Tokens per second, medians of ``repeats`` after a warm-up.
       batch, prompt_tokens, new_tokens: The workload.
       repeats: Timed runs.
+      spread: Range of the timed runs over their median, the larger of the two.
       compile_seconds: Of both programs together.
       flops_per_token: Of the prefill, by the compiler's own count (None: not given).
       peak_bytes: Largest memory, by meter: ``program`` (the compiled programs' plan:
         arguments, results and temporaries), ``device`` (its own counter), ``process``
         (peak resident set); a meter that this device lacks is absent.
-      joules_per_token: Of decoding, or None; ``energy_source`` names the meter or says
-        why there is none.
+      joules_per_token: Of prompts and new tokens alike, or None.
+      energy_source: The meter, or why there is none.
       device: Kind of the device.
     """
 
@@ -144,6 +146,7 @@ class Speed:
     prompt_tokens: int
     new_tokens: int
     repeats: int
+    spread: float
     compile_seconds: float
     flops_per_token: float | None
     peak_bytes: dict[str, int]
@@ -168,7 +171,7 @@ def speed(
     batch: int = 1,
     prompt_tokens: int | None = None,
     new_tokens: int | None = None,
-    repeats: int = 3,
+    repeats: int = 5,
 ) -> Speed:
     """Times greedy generation from random prompts.
 
@@ -183,51 +186,55 @@ def speed(
       ValueError: A size below 1 (two new tokens are the least: the first one belongs to
         the prefill), or more tokens than the model takes.
     """
-    longest = model.config.max_length
-    prompt = min(128, longest // 2) if prompt_tokens is None else prompt_tokens
-    new = min(64, longest - prompt) if new_tokens is None else new_tokens
-    if min(batch, prompt, repeats) < 1 or new < 2 or prompt + new > longest:
-        raise ValueError(
-            f"batch {batch}, prompt {prompt}, new {new}, repeats {repeats}: expected at "
-            f"least 1, 1, 2, 1 and at most {longest} tokens in a row"
-        )
+    prompt, new = _workload(model, batch, prompt_tokens, new_tokens, repeats)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, prompt))
     prompts, slots = loop.pad(model, ids.tolist(), new, 0, range(batch))
     fixed = Sampler.of(vocab_size=model.config.vocab_size), loop.end_ids((), None)
+    steps = np.int32(new - 1)
     start = time.perf_counter()
     read = loop.prefill.lower(model, prompts, *fixed, slots=slots).compile()
-    state = read(model, prompts, *fixed)
-    steps = np.int32(new - 1)
-    write = loop.advance.lower(model, state, *fixed, steps).compile()
+    shapes = jax.eval_shape(partial(loop.prefill, slots=slots), model, prompts, *fixed)
+    write = loop.advance.lower(model, shapes, *fixed, steps).compile()
     compiled = time.perf_counter() - start
 
-    times: list[tuple[float, float]] = []
-
-    def once() -> None:
+    def once() -> tuple[float, float]:
         first, state = _timed(lambda: read(model, prompts, *fixed))
-        times.append((first, _timed(lambda: write(model, state, *fixed, steps))[0]))
+        return first, _timed(lambda: write(model, state, *fixed, steps))[0]
 
     once()  # warm-up
-    times.clear()
-    used = energy.measure(lambda: [once() for _ in range(repeats)])
-    prefill, decode = (statistics.median(t) for t in zip(*times, strict=True))
+    times: list[tuple[float, float]] = []
+    used = energy.measure(lambda: times.extend(once() for _ in range(repeats)))
+    columns = list(zip(*times, strict=True))
+    prefill, decode = map(statistics.median, columns)
     flops = compat.cost_analysis(read).get("flops")
-    rows = len(prompts.length)
-    tokens = batch * (prompt + new) * repeats
     return Speed(
-        batch * prompt / prefill,
-        batch * (new - 1) / decode,
-        batch,
-        prompt,
-        new,
-        repeats,
-        compiled,
-        None if not flops else flops / (rows * prompts.tokens.shape[1]),
-        peak_memory(read, write),
-        None if used.joules is None else used.joules / tokens,
-        used.source,
-        jax.devices()[0].device_kind,
+        prefill=batch * prompt / prefill,
+        decode=batch * (new - 1) / decode,
+        batch=batch,
+        prompt_tokens=prompt,
+        new_tokens=new,
+        repeats=repeats,
+        spread=max((max(t) - min(t)) / statistics.median(t) for t in columns),
+        compile_seconds=compiled,
+        flops_per_token=flops / prompts.tokens.size if flops else None,
+        peak_bytes=peak_memory(read, write),
+        joules_per_token=used.per(batch * (prompt + new) * repeats),
+        energy_source=used.source,
+        device=jax.devices()[0].device_kind,
     )
+
+
+def _workload(model: Model, batch: int, prompt, new, repeats: int) -> tuple[int, int]:
+    """Checked numbers of prompt and new tokens."""
+    longest = model.config.max_length
+    prompt = min(128, longest // 2) if prompt is None else prompt
+    new = min(64, longest - prompt) if new is None else new
+    if min(batch, prompt, repeats) < 1 or new < 2 or prompt + new > longest:
+        raise ValueError(
+            f"batch {batch}, prompt {prompt}, new {new}, repeats {repeats}: expected "
+            f"at least 1, 1, 2, 1 and at most {longest} tokens in a row"
+        )
+    return prompt, new
 
 
 def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -239,8 +246,10 @@ def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
 def speed_up(before: Speed, after: Speed, noise: float = 0.05) -> str:
     """In words: how much faster ``after`` is, or that there is no speed-up here.
 
-    Differences below ``noise`` (a fraction) do not count.
+    Differences below ``noise`` (a fraction), or within the spread of the timed runs,
+    do not count.
     """
+    noise = max(noise, before.spread, after.spread)
     factors = {
         "prefill": after.prefill / before.prefill,
         "decode": after.decode / before.decode,

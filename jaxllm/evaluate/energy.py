@@ -19,6 +19,10 @@ class Energy:
     joules: float | None
     source: str
 
+    def per(self, count: int) -> float | None:
+        """Joules of each of ``count`` items, or None."""
+        return None if self.joules is None else self.joules / count
+
 
 def measure(run: Callable[[], object], powercap: Path = POWERCAP) -> Energy:
     """Energy of the machine while ``run`` runs (all that runs there at that time).

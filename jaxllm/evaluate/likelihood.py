@@ -33,7 +33,9 @@ def row_scores(model: Model, batch: Batch) -> tuple[Array, Array]:
         nats = jax.nn.logsumexp(logits, -1) - target
         counted = weights[1:] > 0
         best = jnp.argmax(logits, -1) == tokens[1:]
-        return jnp.sum(jnp.where(counted, nats * weights[1:], 0.0)), (best | ~counted).all()
+        return jnp.sum(jnp.where(counted, nats * weights[1:], 0.0)), (
+            best | ~counted
+        ).all()
 
     return jax.lax.map(row, (hidden, batch.tokens, batch.weights))
 
