@@ -22,7 +22,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         rows = zip(self.points, self.best, strict=True)
-        steps = [dataclasses.asdict(p) | {"best": b} for p, b in rows]
+        steps = [p._asdict() | {"best": b} for p, b in rows]
         return {"protocol": self.protocol, "steps": steps}
 
     def to_markdown(self) -> str:
@@ -35,7 +35,9 @@ class Comparison:
                 f"{p.perplexity:.4f}",
                 "*" if b else "",
             ]
-            for p, b in sorted(zip(self.points, self.best, strict=True))
+            for p, b in sorted(
+                zip(self.points, self.best, strict=True), key=lambda row: row[0].bytes
+            )
         ]
         head = [
             "report",
@@ -46,7 +48,10 @@ class Comparison:
         ]
         note = "`*`: no other step is at least as small and as good, and better in one."
         return (
-            "\n\n".join([table(head, rows), note, f"Protocol: {self.protocol}"]) + "\n"
+            "\n\n".join(
+                [table(head, rows, words=2), note, f"Protocol: {self.protocol}"]
+            )
+            + "\n"
         )
 
     def write(self, folder: str | Path) -> Path:

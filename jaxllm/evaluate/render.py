@@ -23,18 +23,17 @@ def first(step: dict[str, Any]) -> dict[str, Any]:
     return next(iter(step["perplexity"].values()))
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; numbers to the right.
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
+    """A Markdown table; all columns but the first ``words`` hold numbers.
 
     >>> print(table(["a", "b"], [["x", "1"]]))
     | a | b |
     |---|---:|
     | x | 1 |
     """
+    rule = "|" + "---|" * words + "---:|" * (len(head) - words)
     line = lambda cells: f"| {' | '.join(cells)} |"  # noqa: E731
-    return "\n".join(
-        [line(head), "|---|" + "---:|" * (len(head) - 1), *map(line, rows)]
-    )
+    return "\n".join([line(head), rule, *map(line, rows)])
 
 
 def _results(steps: Sequence[dict[str, Any]]) -> str:
