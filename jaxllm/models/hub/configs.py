@@ -27,11 +27,9 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 HEADS_OF = ("ForCausalLM", "LMHeadModel", "Model")
 SIZES = frozenset(
     """vocab_size width depth heads kv_heads head_dim hidden max_length top_k experts
-    expert_hidden shared_hidden""".split()
+    expert_hidden shared_hidden""".split()  # noqa: SIM905
 )
-FLAGS = frozenset(
-    ("tied", "qkv_bias", "out_bias", "mlp_bias", "parallel", "normalize")
-)
+FLAGS = frozenset(("tied", "qkv_bias", "out_bias", "mlp_bias", "parallel", "normalize"))
 
 
 def read_config_data(raw: dict[str, Any], dtype: str = "float32") -> Transformer:

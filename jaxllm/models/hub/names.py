@@ -158,9 +158,7 @@ GPT_NEOX = (
             "embed_out": "head",
         },
     )
-    + _layer(
-        {"attention.query_key_value": "attn.q attn.k attn.v"}, "heads", base=_NEOX
-    )
+    + _layer({"attention.query_key_value": "attn.q attn.k attn.v"}, "heads", base=_NEOX)
     + _layer(
         {
             "input_layernorm": "attn_norm",
