@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 # What a user can cause and mend; anything else is a bug and shows its traceback.
 USER_ERRORS = (
@@ -66,7 +65,8 @@ def parser() -> argparse.ArgumentParser:
         commands, compare_runs, "compare", "runs side by side, and a plot"
     )
     compare.add_argument("runs", nargs="+", metavar="RUN")
-    compare.add_argument("--plot", default="compare.png", help="default: compare.png")
+    folder = "write compare.json, compare.md and the Pareto plot here"
+    compare.add_argument("--output", metavar="FOLDER", help=folder)
 
     export = _command(commands, export_model, "export", "a Hugging Face folder")
     export.add_argument("checkpoint", metavar="CHECKPOINT")
@@ -131,19 +131,20 @@ def show_method(options: argparse.Namespace) -> None:
 
 
 def compare_runs(options: argparse.Namespace) -> None:
-    """Print the steps of finished runs, the best at their size marked *, and plot."""
-    from jaxllm.experiment import compare
+    """Print the steps of finished runs, the best at their size marked; plot them."""
+    from jaxllm.evaluate import compare
 
-    text = compare.compare([Path(run) for run in options.runs], Path(options.plot))
-    print(text)
-    print(f"plot: {options.plot}")
+    found = compare(*options.runs)
+    print(found.to_markdown())
+    if options.output is not None:
+        print(f"written: {found.write(options.output)}")
 
 
 def export_model(options: argparse.Namespace) -> None:
     """Write the model of a checkpoint as a Hugging Face folder."""
-    from jaxllm.experiment import compare
+    from jaxllm.experiment.export import export
 
-    compare.export(options.checkpoint, options.folder, options.dense)
+    export(options.checkpoint, options.folder, options.dense)
     print(f"exported {options.checkpoint} to {options.folder}")
 
 

@@ -46,7 +46,10 @@ def data(work, output, **changes) -> dict:
         "model": str(work / "model"),
         "calibration": {"source": text, "samples": 4, "length": 32, "batch_size": 4},
         "transforms": ["wanda('2:4')", {"gptq": {"bits": 4, "group_size": 16}}],
-        "evaluate": {"perplexity": [{"texts": text, "window": 32, "limit": 4}]},
+        "evaluate": {
+            "perplexity": [{"texts": text, "window": 32, "limit": 4}],
+            "speed": False,
+        },
         "generate": {"prompt": "def f", "max_new_tokens": 4},
         "output": str(output),
     } | changes
@@ -361,20 +364,24 @@ def test_list_and_show_know_every_method(capsys):
 
 
 def test_compare_marks_the_pareto_front(finished, tmp_path, capsys):
-    plot = tmp_path / "plot.png"
-    assert main(["compare", str(finished), "--plot", str(plot)]) == 0
+    folder = tmp_path / "compared"
+    assert main(["compare", str(finished), "--output", str(folder)]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:5]
     report = json.loads((finished / "report.json").read_text())
     sizes = [s["size"]["total"] for s in report["steps"]]
     scores = [
         next(iter(s["perplexity"].values()))["perplexity"] for s in report["steps"]
     ]
-    best = [
-        not any(a < size and b <= score for a, b in zip(sizes, scores, strict=True))
-        for size, score in zip(sizes, scores, strict=True)
-    ]
-    rows = capsys.readouterr().out.splitlines()[2:5]
-    assert [row.endswith("| * |") for row in rows] == best
-    assert plot.read_bytes().startswith(b"\x89PNG")
+    pairs = [*zip(sizes, scores, strict=True)]
+    best = {
+        f"{size:,}": not any(
+            a <= size and b <= score for a, b in pairs if (a, b) != (size, score)
+        )
+        for size, score in pairs
+    }
+    found = {row.split("|")[3].strip(): row.endswith("| * |") for row in rows}
+    assert found == best
+    assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert main(["compare", str(tmp_path)]) == 2
 
 

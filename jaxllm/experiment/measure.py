@@ -6,23 +6,53 @@ import dataclasses
 from typing import Any
 
 from jaxllm.core.model import Model
-from jaxllm.evaluate import perplexity, size
+from jaxllm.core.spec import encode
+from jaxllm.evaluate import (
+    Score,
+    cache_bytes_per_token,
+    choose,
+    exact_match,
+    perplexity,
+    size,
+    speed,
+)
 from jaxllm.experiment.prepare import Prepared
+from jaxllm.experiment.schema import TaskConfig
 from jaxllm.generate import generate
 
 
 def measure(model: Model, prepared: Prepared, progress: bool = True) -> dict[str, Any]:
-    """Size, perplexities, task scores and speed of one model."""
+    """Size, perplexities, task scores and speed: a step of ``evaluate.Report``."""
     evaluate = prepared.config.evaluate
-    found: dict[str, Any] = {"size": size(model).to_json(), "perplexity": {}}
-    for config, corpus in zip(evaluate.perplexity, prepared.corpora, strict=True):
+    return {
+        "specs": [encode(spec) for spec in model.history.specs],
+        "size": size(model).to_json(),
+        "perplexity": _perplexities(model, prepared, progress),
+        "scores": [
+            _score(model, prepared, task, progress).to_json() for task in evaluate.tasks
+        ],
+        "speed": speed(model).to_json() if evaluate.speed else None,
+        "cache_bytes_per_token": cache_bytes_per_token(model),
+    }
+
+
+def _perplexities(model: Model, prepared: Prepared, progress: bool) -> dict[str, Any]:
+    found = {}
+    configs = prepared.config.evaluate.perplexity
+    for config, corpus in zip(configs, prepared.corpora, strict=True):
         values = dataclasses.asdict(config)
         del values["texts"], values["split"]
         result = perplexity(
             model, prepared.tokenizer, corpus, **values, progress=progress
         )
-        found["perplexity"][config.label] = result.to_json()
+        found[config.label] = result.to_json()
     return found
+
+
+def _score(model: Model, prepared: Prepared, task: TaskConfig, progress) -> Score:
+    run = choose if task.kind == "choice" else exact_match
+    values = dict(task=task.label, limit=task.limit, progress=progress)
+    return run(model, prepared.tokenizer, task.path, **values)
 
 
 def sample(model: Model, prepared: Prepared) -> str:

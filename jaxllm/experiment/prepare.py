@@ -13,6 +13,7 @@ from jaxllm.core.model import Model
 from jaxllm.data.calibration import Calibration, calibrate
 from jaxllm.data.corpora import Corpus, documents
 from jaxllm.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
+from jaxllm.evaluate import load_problems, load_questions, size
 from jaxllm.experiment import sources
 from jaxllm.experiment.schema import Experiment, transforms
 
@@ -50,6 +51,9 @@ def prepare(config: Experiment) -> Prepared:
     check_vocabulary(tokenizer, shapes.config.vocab_size)
     _check_lengths(config, shapes.config.max_length, bool(_needs(steps)))
     corpora = tuple(documents(p.texts, p.split) for p in config.evaluate.perplexity)
+    for task in config.evaluate.tasks:
+        read = load_questions if task.kind == "choice" else load_problems
+        read(task.path)
     calibration = _calibration(config, tokenizer) if _needs(steps) else None
     return Prepared(config, shapes, tokenizer, steps, calibration, corpora)
 
@@ -112,8 +116,6 @@ def stages(prepared: Prepared) -> list[Stage]:
 
 
 def _stage(name: str, model: Model) -> Stage:
-    from jaxllm.evaluate.efficiency import size
-
     measured = size(model)
     return Stage(name, measured.total, measured.bits_per_weight)
 

@@ -1,130 +1,88 @@
-"""The report of a run: report.json holds every number, report.md shows them."""
+"""The report of a run, from its journal: report.json, report.md and a plot."""
 
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
-from pathlib import Path
 from typing import Any
 
-import jax
-
-from jaxllm.checkpoint.manifest import package_version
-from jaxllm.experiment.folder import RunFolder, write_text
-
-PLOT = "report.png"
+from jaxllm.evaluate import Report, Speed, speed_up
+from jaxllm.evaluate.environment import environment
+from jaxllm.evaluate.plot import scatter
+from jaxllm.evaluate.render import publish, table
+from jaxllm.evaluate.report import JSON, MARKDOWN, PLOT
+from jaxllm.experiment.folder import RunFolder
 
 
 def write(folder: RunFolder, names: list[str]) -> None:
-    """Write report.json, report.md and the plot from the journal of a run."""
-    data = collect(folder, names)
-    write_text(folder.path / "report.json", json.dumps(data, indent=1) + "\n")
-    plot({folder.config.name: data}, folder.path / PLOT)
-    write_text(folder.path / "report.md", markdown(data))
+    """Write report.json, report.md and report.png: all of them, or none."""
+    report = Report(collect(folder, names))
+    text = json.dumps(report.data, indent=1, ensure_ascii=False) + "\n"
+    publish(
+        folder.path,
+        {
+            JSON: lambda path: path.write_text(text, encoding="utf-8"),
+            MARKDOWN: lambda path: path.write_text(markdown(report), encoding="utf-8"),
+            PLOT: lambda path: scatter(report.points, path),
+        },
+    )
 
 
 def collect(folder: RunFolder, names: list[str]) -> dict[str, Any]:
-    """All results of a run as JSON data."""
-    steps = []
+    """All results of a run in the form of ``jaxllm.evaluate.Report``, and more."""
+    steps: list[dict[str, Any]] = []
     for step, name in enumerate(names):
-        measured = folder.find(step, "measured")
+        found = dict(folder.find(step, "measured"))
         made = folder.find(step, "made") or {}
         cost = {k: made.get(k) for k in ("seconds", "disk", "blocks")}
-        kept = {k: v for k, v in measured.items() if k not in ("kind", "time")}
-        steps.append(kept | {"name": name} | cost)
+        kept = {k: v for k, v in found.items() if k not in ("kind", "time", "step")}
+        base = steps[0]["speed"] if steps else None
+        faster = _faster(base, found["speed"])
+        steps.append(kept | {"name": name, "speed_up": faster} | cost)
     samples = {r["name"]: r["text"] for r in folder.rows if r["kind"] == "sample"}
     (saved,) = [r for r in folder.rows if r["kind"] == "checkpoint"][-1:]
     return {
         "name": folder.config.name,
-        "config": folder.config.data,
-        "environment": environment(),
+        "environment": environment(folder.config.seed),
         "steps": steps,
         "samples": samples,
         "checkpoint": {k: saved[k] for k in ("disk", "bit_equal")},
+        "config": folder.config.data,
     }
 
 
-def environment() -> dict[str, Any]:
-    """Device, versions and commit beside the numbers."""
-    device = jax.devices()[0]
-    return {
-        "command": f"jaxllm run config.yaml  # {package_version()}",
-        "commit": _commit(),
-        "device": f"{device.device_kind} x {jax.device_count()} ({device.platform})",
-        "machine": f"{platform.machine()}, {platform.system()}",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "jaxllm": package_version(),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the source tree, where it is one."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except OSError:
+def _faster(base: dict | None, timed: dict | None) -> str | None:
+    if base is None or timed is None:
         return None
-    return found.stdout.strip() or None
+    return speed_up(Speed(**base), Speed(**timed))
 
 
-def markdown(data: dict[str, Any]) -> str:
-    """The report for people."""
-    parts = [f"# {data['name']}", _results(data["steps"]), f"![plot]({PLOT})"]
-    parts += ["## Protocols", _protocols(data["steps"][0])]
-    parts += ["## Bytes on device by part", _parts(data["steps"])]
+def markdown(report: Report) -> str:
+    """The page of ``Report``, then other texts, samples and the checkpoint."""
+    data = report.data
+    parts = [report.to_markdown().strip(), f"![size and perplexity]({PLOT})"]
+    if len(data["steps"][0]["perplexity"]) > 1:
+        parts += ["## All texts", _texts(data["steps"])]
     for name, text in data["samples"].items():
-        parts += [f"## Sample: {name}", _fenced(text)]
+        parts += [f"## Sample of `{name}`", _fenced(text)]
     saved = data["checkpoint"]
     equal = "bit-equal" if saved["bit_equal"] else "DIFFERENT"
     where = f"`checkpoint/`: {saved['disk']:,} bytes on disk; restored logits {equal}."
-    parts += ["## Checkpoint", where, "## Environment", _pairs(data["environment"])]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, "## Checkpoint", where]) + "\n"
 
 
-def _results(steps: list[dict[str, Any]]) -> str:
+def _texts(steps: list[dict[str, Any]]) -> str:
+    """Perplexity of every step on every text, and the protocols."""
     texts = list(steps[0]["perplexity"])
-    head = ["step", "bytes", "bits per weight", *texts, "on disk", "seconds"]
-    rows = []
-    for step in steps:
-        scores = [f"{step['perplexity'][t]['perplexity']:.3f}" for t in texts]
-        size = step["size"]
-        bits = f"{size['bits_per_weight']:.3f}"
-        cost = [_number(step["disk"], ","), _number(step["seconds"], ".1f")]
-        rows.append([f"`{step['name']}`", f"{size['total']:,}", bits, *scores, *cost])
-    return table(head, rows)
-
-
-def _protocols(step: dict[str, Any]) -> str:
-    return "\n".join(
-        f"* {label}: {p['protocol']}; {p['tokens']:,} tokens of {p['corpus']} "
-        f"(digest {p['digest']})"
-        for label, p in step["perplexity"].items()
-    )
-
-
-def _parts(steps: list[dict[str, Any]]) -> str:
-    parts = [p for p, n in steps[0]["size"]["bytes"].items() if n]
-    rows = []
-    for step in steps:
-        held = step["size"]["bytes"]
-        rows.append([f"`{step['name']}`", *(f"{held[p]:,}" for p in parts)])
-    return table(["step", *parts], rows)
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; numbers to the right.
-
-    >>> print(table(["a", "b"], [["x", "1"]]))
-    | a | b |
-    |---|---:|
-    | x | 1 |
-    """
-    line = lambda cells: f"| {' | '.join(cells)} |"  # noqa: E731
-    rule = "|---|" + "---:|" * (len(head) - 1)
-    return "\n".join([line(head), rule, *map(line, rows)])
+    rows = [
+        [f"`{s['name']}`", *(f"{s['perplexity'][t]['perplexity']:.4f}" for t in texts)]
+        for s in steps
+    ]
+    lines = [
+        f"* {text}: {found['protocol']}; {found['tokens']:,} tokens of "
+        f"{found['corpus']} (digest {found['digest']})."
+        for text, found in steps[0]["perplexity"].items()
+    ]
+    return "\n\n".join([table(["transform", *texts], rows), "\n".join(lines)])
 
 
 def _fenced(text: str) -> str:
@@ -132,38 +90,3 @@ def _fenced(text: str) -> str:
     while fence in text:
         fence += "`"
     return f"{fence}\n{text}\n{fence}"
-
-
-def _pairs(values: dict[str, Any]) -> str:
-    return "\n".join(f"* {k}: {v}" for k, v in values.items())
-
-
-def _number(value, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
-    """Perplexity over bytes, one line of steps per run."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for name, data in runs.items():
-        steps = [s for s in data["steps"] if s["perplexity"]]
-        if not steps:
-            continue
-        sizes = [s["size"]["total"] / 1e6 for s in steps]
-        scores = [next(iter(s["perplexity"].values()))["perplexity"] for s in steps]
-        axes.plot(sizes, scores, "o-", label=name)
-        for step, size, score in zip(steps, sizes, scores, strict=True):
-            label = step["name"].partition("(")[0]
-            axes.annotate(
-                label, (size, score), xytext=(4, 4), textcoords="offset points"
-            )
-    axes.set_xlabel("bytes on device (MB)")
-    axes.set_ylabel("perplexity per token")
-    axes.set_yscale("log")
-    axes.grid(alpha=0.3)
-    if runs:
-        axes.legend()
-    figure.savefig(path, dpi=120)

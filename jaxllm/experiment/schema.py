@@ -69,6 +69,10 @@ class Evaluate:
     tasks: tuple[TaskConfig, ...] = ()
     speed: bool = True
 
+    def __post_init__(self):
+        if not self.perplexity:
+            raise ValueError("perplexity needs at least one text")
+
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
