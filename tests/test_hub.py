@@ -8,23 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
-import struct
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.core.model import put
-from jaxllm.core.weights import LowRank
-from jaxllm.models import MLP, Attention, Layer, Rope, Transformer, init
-from jaxllm.models.hub import load_model, read_config, save_pretrained
+from jaxllm.models import Rope
+from jaxllm.models.hub import load_model, save_pretrained
 from jaxllm.models.hub.configs import read_config_data, write_config_data
 from jaxllm.models.hub.families import FAMILIES
-from jaxllm.models.hub.plan import leaf_paths
-from jaxllm.models.hub.safetensors import open_file, write_file
 
 VOCABULARY, LENGTH = 96, 24
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (3, LENGTH))

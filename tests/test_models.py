@@ -1,4 +1,4 @@
-"""The transformer keeps its laws in every configuration; llama2.c files load exactly.
+"""The transformer keeps its laws in every configuration.
 
 Families are configurations: those below cover what differs between them, by feature.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import struct
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from jaxllm.core import weights
 from jaxllm.core.model import Model, get, paths, put
 from jaxllm.core.stats import Stats
 from jaxllm.models import MLP, Attention, Layer, MoE, Norm, Rope, Transformer, init
-from jaxllm.models.hub import load_llama2c, load_model, read_config, rotary_halves
+from jaxllm.models.hub import rotary_halves
 from jaxllm.models.layers import Pass, rotate
 
 WIDTH, VOCABULARY, LENGTH = 32, 61, 12
@@ -371,50 +370,3 @@ def test_stories_text_is_golden(stories, stories_tokenizer, shared_data):
         if ids[-1] == stories_tokenizer.bos_id:
             break
     assert stories_tokenizer.decode(ids) == golden
-
-
-def llama2c_bytes(vocabulary: int = 11, change=None) -> bytes:
-    """A tiny checkpoint: dim 8, hidden 12, 1 layer, 2 heads, 1 KV head, 6 positions."""
-    header = struct.pack("<7i", 8, 12, 1, 2, 1, vocabulary, 6)
-    rows = abs(vocabulary)
-    count = rows * 8 + 8 + 64 + 32 + 32 + 64 + 8 + 3 * 96 + 8 + 24
-    count += rows * 8 if vocabulary < 0 else 0
-    values = np.linspace(-1, 1, count, dtype=np.float32)
-    if change is not None:
-        values[change] = np.nan
-    return header + values.tobytes()
-
-
-def test_llama2c_heads_are_tied_by_the_sign(tmp_path):
-    for sign in (1, -1):
-        (tmp_path / "m.bin").write_bytes(llama2c_bytes(sign * 11))
-        model = load_model(tmp_path / "m.bin", dtype="bfloat16")
-        assert model.config == read_config(str(tmp_path / "m.bin"), "bfloat16")
-        assert model.config.tied == (sign > 0) == ("head" not in model.params)
-        assert jax.eval_shape(model, TOKENS[:, :6]).shape == (2, 6, 11)
-        assert {x.dtype for x in jax.tree.leaves(model.params)} == {jnp.bfloat16.dtype}
-
-
-@pytest.mark.parametrize(
-    "data, message",
-    [
-        (b"1234", "truncated: it has no header"),
-        (llama2c_bytes()[:-4], "truncated: .* expected"),
-        (llama2c_bytes() + b"1234", "longer than its header"),
-        (struct.pack("<7i", 0x616B3432, 1, 8, 12, 1, 2, 1), "versioned"),
-        (struct.pack("<7i", 8, 12, 1, 3, 1, 11, 6), "dim 8 / heads 3"),
-        (struct.pack("<7i", 8, -12, 1, 2, 1, 11, 6), "hidden is -12"),
-        (llama2c_bytes(change=92), "'layers.*.attn_norm.scale' has non-finite"),
-    ],
-)
-def test_llama2c_refuses_damage(tmp_path, data, message):
-    (tmp_path / "m.bin").write_bytes(data)
-    with pytest.raises(ValueError, match=message):
-        load_llama2c(tmp_path / "m.bin")
-
-
-def test_missing_model_names_what_is_accepted(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"builtin:tiny.*hf:owner/name"):
-        load_model(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=r"int8.*float32, bfloat16"):
-        load_model("builtin:tiny", dtype="int8")

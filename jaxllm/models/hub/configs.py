@@ -120,6 +120,8 @@ def _read_keys(raw: dict, family: Family) -> dict[str, Any]:
         if key not in raw and key not in family.defaults:
             raise ValueError(f"config key {key!r} is missing")
         value = raw.pop(key, family.defaults.get(key))
+        if value is None and fields == "activation":
+            value = family.defaults[key]
         for field in fields.split():
             found = _decode(field, key, value)
             if found is None and field in facts:
