@@ -28,7 +28,7 @@ from jaxllm.train.loop import fit
 from jaxllm.train.losses import next_token, targets
 from jaxllm.train.optimizers import OPTIMIZERS, optimizer
 from jaxllm.train.schedules import SCHEDULES, schedule
-from jaxllm.train.state import initial_state, split_model
+from jaxllm.train.state import Guard, initial_state, split_model
 from jaxllm.train.step import SpikeRule, make_evaluation, make_step
 from jaxllm.train.tasks import adapters, newest_model, run_training
 
@@ -37,9 +37,14 @@ VOCABULARY = 40
 KEY = jax.random.key(0)
 
 
+def fresh(vocabulary: int) -> Model:
+    config = Uniform(**SHAPE, max_length=32).build(vocabulary)
+    return jax.jit(lambda key: init(config, key))(KEY)
+
+
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return init(Uniform(**SHAPE, max_length=32).build(VOCABULARY), KEY)
+    return fresh(VOCABULARY)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +65,22 @@ def leaves_equal(left, right) -> bool:
 
 
 def largest_difference(left, right) -> float:
-    gaps = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), left, right)
-    return max(map(float, jax.tree.leaves(gaps)))
+    return max(float(np.abs(x).max()) for x in jax.tree.leaves(minus(left, right)))
+
+
+def minus(left, right):
+    """Difference of two trees, in host memory."""
+    return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), left, right)
+
+
+def total_and_weight(model: Model, batch: Batch, **options):
+    return jax.jit(next_token(**options))(model, batch, KEY)
+
+
+@jax.jit
+def logits_of(model: Model, batch: Batch):
+    """[batch, length, vocabulary]."""
+    return model(batch.tokens, positions=batch.positions, segments=batch.segments)
 
 
 def gradients(loss, model: Model, batch: Batch):
@@ -86,9 +105,7 @@ class TestLoss:
     def test_equals_the_definition(self, model, data):
         """Sum of -log softmax over targets of the same document, by hand in numpy."""
         batch = data.batch(0)
-        logits = np.asarray(
-            model(batch.tokens, positions=batch.positions, segments=batch.segments)
-        ).astype(np.float64)
+        logits = np.asarray(logits_of(model, batch), np.float64)
         expected = count = 0.0
         tokens, segments = np.asarray(batch.tokens), np.asarray(batch.segments)
         for row in range(tokens.shape[0]):
@@ -97,7 +114,7 @@ class TestLoss:
                     z = logits[row, at]
                     expected += np.log(np.exp(z).sum()) - z[tokens[row, at + 1]]
                     count += 1
-        total, weight = next_token()(model, batch, KEY)
+        total, weight = total_and_weight(model, batch)
         assert float(weight) == count
         assert float(total) == pytest.approx(expected, rel=1e-5)
 
@@ -143,10 +160,9 @@ class TestLoss:
 
     def test_z_loss_adds_the_squared_normaliser(self, model, data):
         batch = data.batch(0)
-        plain, _ = next_token()(model, batch, KEY)
-        with_z, _ = next_token(z=0.1)(model, batch, KEY)
-        logits = model(batch.tokens, positions=batch.positions, segments=batch.segments)
-        log_z = jax.nn.logsumexp(logits, -1)
+        plain, _ = total_and_weight(model, batch)
+        with_z, _ = total_and_weight(model, batch, z=0.1)
+        log_z = jax.nn.logsumexp(logits_of(model, batch), -1)
         expected = 0.1 * (targets(batch)[1] * log_z**2).sum()
         assert float(with_z - plain) == pytest.approx(float(expected), rel=1e-4)
 
@@ -159,7 +175,7 @@ class TestStep:
         _, expected = gradients(next_token(), model, batch)
         whole, seen = one_step(model, batch)
         parts, seen_in_parts = one_step(model, batch, accumulate=4)
-        moved = jax.tree.map(jnp.subtract, model, expected)
+        moved = minus(model, expected)
         assert largest_difference(whole.params, moved) < 1e-6
         assert largest_difference(parts.params, whole.params) < 1e-6
         assert float(seen.norm) == pytest.approx(float(seen_in_parts.norm), rel=1e-5)
@@ -173,9 +189,7 @@ class TestStep:
         free, seen = one_step(model, data.batch(0))
         bound = float(seen.norm) / 4
         clipped, _ = one_step(model, data.batch(0), clip=bound)
-        long, short = (
-            jax.tree.map(jnp.subtract, model, end.params) for end in (free, clipped)
-        )
+        long, short = (minus(model, end.params) for end in (free, clipped))
         assert float(optax.global_norm(short)) == pytest.approx(bound, rel=1e-4)
         assert largest_difference(jax.tree.map(lambda x: x / 4, long), short) < 1e-6
 
@@ -227,12 +241,10 @@ class TestStep:
         assert not leaves_equal(state.params, before.params)
 
     def test_a_lasting_change_of_level_is_accepted(self):
-        rule, guard = SpikeRule(warmup=2, loss_factor=2.0), None
-        from jaxllm.train.state import Guard
-
+        judge = jax.jit(SpikeRule(warmup=2, loss_factor=2.0).judge)
         guard, refused = Guard.empty(), []
         for loss in [1.0] * 5 + [5.0] * 200:
-            no, guard = rule.judge(guard, jnp.float32(loss), jnp.float32(1.0))
+            no, guard = judge(guard, jnp.float32(loss), jnp.float32(1.0))
             refused.append(bool(no))
         assert refused[5] and not any(refused[:5]) and not refused[-1]
 
@@ -372,6 +384,11 @@ class TestSchedules:
 
 
 class TestOptimizers:
+    def updates(self, chosen: optax.GradientTransformation, grads, params):
+        """The first update."""
+        run = jax.jit(lambda grads, p: chosen.update(grads, chosen.init(p), p)[0])
+        return run(grads, params)
+
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_approaches_a_target(self, model, name):
         """Towards a target of every leaf."""
@@ -389,7 +406,7 @@ class TestOptimizers:
             updates, state = chosen.update(jax.grad(far)(params), state, params)
             return optax.apply_updates(params, updates), state
 
-        params, state = model.params, chosen.init(model.params)
+        params, state = model.params, jax.jit(chosen.init)(model.params)
         for _ in range(60):
             params, state = move(params, state)
         assert float(far(params)) < 0.2 * float(far(model.params))
@@ -398,7 +415,7 @@ class TestOptimizers:
     def test_decay_is_of_matrices(self, model, name):
         chosen = optimizer(name, 0.1, weight_decay=0.1)
         zero = jax.tree.map(jnp.zeros_like, model.params)
-        updates, _ = chosen.update(zero, chosen.init(model.params), model.params)
+        updates = self.updates(chosen, zero, model.params)
         assert not bool(updates["norm"]["scale"].any())
         q = updates["layers"]["0"]["attn"]["q"]["weight"]
         w = model.params["layers"]["0"]["attn"]["q"]["weight"]
@@ -408,7 +425,7 @@ class TestOptimizers:
         """All singular values of an update are near 0.2 sqrt(max(in, out)) rate."""
         chosen = optimizer("muon", 1.0, weight_decay=0.0)
         grads = jax.tree.map(lambda x: jax.random.normal(KEY, x.shape), model.params)
-        updates, _ = chosen.update(grads, chosen.init(model.params), model.params)
+        updates = self.updates(chosen, grads, model.params)
         q = np.linalg.svd(updates["layers"]["0"]["attn"]["q"]["weight"])[1]
         scale = 0.2 * np.sqrt(32)
         assert q.min() > 0.5 * scale and q.max() < 1.5 * scale
@@ -462,7 +479,7 @@ class TestTasks:
             kind="instruct", data=str(path), template="plain", length=64, steps=2
         )
         tokenizer = load_tokenizer("builtin:tiny")
-        model = init(Uniform(**TINY).build(tokenizer.vocab_size), KEY)
+        model = fresh(tokenizer.vocab_size)
         run_training(config, tmp_path / "run", model=model)
         first = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
         answer = len(tokenizer.encode(" yes yes yes", bos=False)) + 1  # and the end
@@ -471,7 +488,7 @@ class TestTasks:
     def test_lora_trains_the_adapters_alone(self, text, tmp_path, monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         tokenizer = load_tokenizer("builtin:tiny")
-        dense = init(Uniform(**TINY).build(tokenizer.vocab_size), KEY)
+        dense = fresh(tokenizer.vocab_size)
         config = self.config(kind="lora", data=text)
         with pytest.raises(ValueError, match="the model has none"):
             run_training(config, tmp_path / "x", model=dense)

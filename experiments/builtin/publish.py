@@ -1,7 +1,7 @@
 """Publish a training run of the built-in model as the package's asset.
 
     jaxllm run configs/pretrain/builtin.yaml
-    python experiments/builtin/publish.py runs/builtin
+    python experiments/builtin/publish.py runs/builtin/train
 
 Converts the newest resume point to bfloat16, evaluates that rounded model on the
 committed evaluation slice, and writes model.safetensors, config.json, training.jsonl,
