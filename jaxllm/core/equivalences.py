@@ -7,6 +7,7 @@ the factor into the producer where that is exact; otherwise it stays online.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -78,7 +79,7 @@ def searched(solve, steps: int = 20):
             return total
 
         tried = jnp.arange(steps) / steps
-        losses = jnp.stack([error(a) for a in tried])
+        losses = jax.lax.map(error, tried)
         return 1 / scale(tried[losses.argmin()])
 
     return equivalence

@@ -16,7 +16,7 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class History:
-    """The specs of the transforms that made a model.
+    """Where a model came from (``origin``, a URI) and the transforms that made it.
 
     It compares equal to every other history, so that two models that differ only in
     how they were made share one trace and one tree structure. Jitted code never
@@ -24,6 +24,7 @@ class History:
     """
 
     specs: tuple = ()
+    origin: str | None = None
 
     def __eq__(self, other) -> bool:
         return isinstance(other, History)
@@ -32,7 +33,7 @@ class History:
         return 0
 
     def __add__(self, spec) -> History:
-        return History((*self.specs, spec))
+        return History((*self.specs, spec), self.origin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +129,8 @@ class Model:
         return dataclasses.replace(self, **changes)
 
     def __repr__(self) -> str:
-        made = " -> ".join(map(repr, self.history.specs)) or "dense"
-        return f"Model({type(self.config).__name__}, {made})"
+        made = (self.history.origin or "dense", *map(repr, self.history.specs))
+        return f"Model({type(self.config).__name__}, {' -> '.join(made)})"
 
 
 def get(params: Params, path: str):

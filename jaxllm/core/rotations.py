@@ -11,14 +11,16 @@ import jax.numpy as jnp
 
 from jaxllm.core.model import Model, Params, get, put, with_weight
 from jaxllm.core.spec import expression
-from jaxllm.core.weights import Hadamard, Transformed, compressed
+from jaxllm.core.weights import Hadamard, PerHead, Transformed, compressed
 
 
+@jax.jit
 def reading(op, w):
     """MT W for a weight [in, out] whose input is turned."""
     return jnp.swapaxes(op.apply(jnp.swapaxes(w, -1, -2)), -1, -2)
 
 
+@jax.jit
 def writing(op, w):
     """W M for a weight (or bias) whose output is turned."""
     return op.apply(w)
@@ -107,10 +109,10 @@ def rotate_values(model: Model) -> Model:
     """
     for site in _value_sites(model):
         (path,) = site.consumers
-        inside = Hadamard(order=site.head_dim)
+        inside = PerHead(Hadamard(), site.head_dim)
         group = get(model.params, site.producer)
-        params = put(model.params, site.producer, _per_head(inside, group, site.head_dim))
-        o = reading(_Heads(inside, site.head_dim), _dense(model.params, path))
+        params = put(model.params, site.producer, _turned_output(inside, group))
+        o = reading(inside, _dense(model.params, path))
         across = Hadamard(group=site.head_dim)
         model = model.replace(params=params)
         model = with_weight(model, path, Transformed(across, reading(across, o)))
@@ -120,20 +122,6 @@ def rotate_values(model: Model) -> Model:
 def _value_sites(model: Model):
     sites = model.config.sites()
     return [s for s in sites if s.head_dim > 1 and s.kind == "linear" and s.producer]
-
-
-class _Heads:
-    """An op on each head of the last axis [heads * dim]."""
-
-    def __init__(self, op, dim: int):
-        self.op, self.dim = op, dim
-
-    def apply(self, x):
-        return self.op.apply(x.reshape(*x.shape[:-1], -1, self.dim)).reshape(x.shape)
-
-
-def _per_head(op, group: Params, dim: int) -> Params:
-    return _turned_output(_Heads(op, dim), group)
 
 
 def rotate_hidden(model: Model) -> Model:

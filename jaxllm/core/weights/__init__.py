@@ -23,6 +23,7 @@ from jaxllm.core.weights.sparse import Sparse
 from jaxllm.core.weights.transformed import (
     Hadamard,
     Orthogonal,
+    PerHead,
     Permutation,
     Scale,
     Transformed,
@@ -33,6 +34,7 @@ __all__ = [
     "Hadamard",
     "LowRank",
     "Orthogonal",
+    "PerHead",
     "Permutation",
     "Quantized",
     "Scale",

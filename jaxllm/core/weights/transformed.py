@@ -79,6 +79,26 @@ def _transposed(y, order):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class PerHead:
+    """An op on each head of the last axis [heads * dim]."""
+
+    op: Any
+    dim: int = dataclasses.field(**_static)
+    diagonal = False
+
+    def apply(self, x):
+        return self.op.apply(x.reshape(*x.shape[:-1], -1, self.dim)).reshape(x.shape)
+
+    def inverse(self, x):
+        heads = x.reshape(*x.shape[:-1], -1, self.dim)
+        return self.op.inverse(heads).reshape(x.shape)
+
+    def axes(self, name: str) -> PerHead:
+        return dataclasses.replace(self, op=self.op.axes(None))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Orthogonal:
     """x M with an orthogonal matrix M [in, in]."""
 
