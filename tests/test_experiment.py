@@ -324,12 +324,19 @@ def test_resumes_inside_a_transform(work, finished, tmp_path, monkeypatch):
 
 
 def test_restart_deletes_and_runs_again(work, tmp_path):
-    values = data(work, tmp_path, transforms=["rtn(bits=4, group_size=16)"])
-    first = run(values | {"seed": 1})
-    before = (first / "report.json").stat().st_ino
-    run(values, restart=True)
-    assert (first / "report.json").stat().st_ino != before
-    assert yaml.safe_load((first / "config.yaml").read_text())["seed"] == 0
+    """A run without transforms, timed: the dense model is reported alone."""
+    values = data(work, tmp_path, transforms=[])
+    values["evaluate"] = values["evaluate"] | {"speed": True}
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "old").write_text("")
+    write(
+        tmp_path / "small" / "config.yaml", schema.experiment(values | {"seed": 1}).data
+    )
+    folder = run(values, restart=True)
+    assert not (folder / "old").exists()
+    assert yaml.safe_load((folder / "config.yaml").read_text())["seed"] == 0
+    (step,) = json.loads((folder / "report.json").read_text())["steps"]
+    assert step["speed"]["decode"] > 0
 
 
 def test_pretraining_runs_and_is_reported(work, tmp_path):

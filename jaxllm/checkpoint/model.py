@@ -100,7 +100,7 @@ def restore(
         arrays.check(leaves, record["checksums"], uri)
     params = build(record["structure"], lambda path, _: leaves[path], resolve)
     specs = tuple(decode(s, resolve or recorded) for s in record["history"])
-    return Model(params, decode(record["config"], resolve), History(specs))
+    return Model(params, decode(record["config"], resolve), History(specs, str(uri)))
 
 
 def restore_tokenizer(uri: str | os.PathLike, load: Callable[[str], Any]):
