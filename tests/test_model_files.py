@@ -300,3 +300,22 @@ def test_missing_model_names_what_is_accepted(tmp_path):
         load_model(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"int8.*float32, bfloat16"):
         load_model("builtin:tiny", dtype="int8")
+
+
+def test_hub_models_are_fetched_by_name(folder, monkeypatch):
+    asked = []
+
+    def fetch(name, revision, allow_patterns):
+        asked.append((name, revision, "config.json" in allow_patterns))
+        if name == "owner/none":
+            raise OSError("no route")
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    config = read_config("hf:owner/name")
+    assert load_model("hf://owner/name@v2").config == config
+    assert asked == [("owner/name", None, True), ("owner/name", "v2", True)]
+    with pytest.raises(ConnectionError, match=r"'owner/none'.*no route.*builtin:tiny"):
+        load_model("hf:owner/none")
+    with pytest.raises(ValueError, match="needs the name of a model"):
+        load_model("hf:")

@@ -174,17 +174,18 @@ def test_scanned_equals_unrolled(name):
 
 
 def test_cache_equals_full_pass(model):
-    """Ragged chunks: rows of 4 then 3 and 1 tokens, then one token at a time."""
+    """Chunks padded on the left, whose padding must not touch the slots before it."""
     expected, done = forward(model), np.zeros(2, int)
     cache = model.config.empty_cache(2, LENGTH)
-    for lengths in ([4, 4], [3, 1], [1, 1], [1, 1]):
-        at = np.minimum(done[:, None] + np.arange(4), LENGTH - 1)
-        real = (np.arange(4) < np.array(lengths)[:, None]).astype(np.int32)
-        chunk = jnp.take_along_axis(TOKENS, jnp.asarray(at), 1)
-        logits, cache = cached(model, chunk, jnp.asarray(at), jnp.asarray(real), cache)
+    for lengths in ([4, 3], [3, 2], [1, 1], [1, 1]):
+        first = 4 - np.array(lengths)[:, None]
+        at = np.maximum(done[:, None] + np.arange(4) - first, 0)
+        real = jnp.asarray(np.arange(4) >= first, jnp.int32)
+        chunk = jnp.take_along_axis(TOKENS, jnp.asarray(at), 1) * real
+        logits, cache = cached(model, chunk, jnp.asarray(at), real, cache)
         for row, length in enumerate(lengths):
             start = done[row]
-            close(logits[row, :length], expected[row, start : start + length])
+            close(logits[row, -length:], expected[row, start : start + length])
         done += lengths
 
 

@@ -47,8 +47,8 @@ def attend(
 def visibility(values: Pass, window: int | None) -> Bool[Array, "batch q kv"]:
     """Who sees whom: causal, within the window, within the document.
 
-    With a cache, slot t holds position t, and what lies beyond a query's position
-    has not been written yet.
+    Positions grow within a document. With a cache, slot t holds position t, and what
+    lies beyond a query's position has not been written yet.
     """
     mine = values.positions[:, :, None]
     if values.cache is not None:
@@ -60,8 +60,6 @@ def visibility(values: Pass, window: int | None) -> Bool[Array, "batch q kv"]:
         mask &= mine - theirs < window
     if values.segments is not None and values.cache is None:
         mask &= values.segments[:, :, None] == values.segments[:, None, :]
-        order = jnp.arange(values.segments.shape[1])
-        mask &= order[None, None, :] <= order[None, :, None]
     return mask
 
 
