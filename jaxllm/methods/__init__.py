@@ -32,6 +32,16 @@ def parse(text: str):
     return _card.parse(text, find)
 
 
+def table() -> str:
+    """All methods as a Markdown table: what README shows (a test compares)."""
+    order = sorted(entries().values(), key=lambda e: (e.family, e.name))
+    lines = ["| family | method | paper | beats, at equal bytes |", "|---|---|---|---|"]
+    for e in order:
+        claims = "; ".join(f"`{c.over}` ({c.model})" for c in e.card.claims[:1])
+        lines.append(f"| {e.family} | `{e.name}` {e.card.title} | {e.card.paper} | {claims} |")
+    return "\n".join(lines)
+
+
 def __getattr__(name: str) -> Callable:
     if not name.startswith("_") and name in (found := entries()):
         return found[name].make

@@ -64,7 +64,8 @@ class Experts(nn.Module):
         """Statistics per expert, with its own share of tokens: leading axis experts."""
         if values.collect:
             index, share = owner
-            mine = (index[None] == jnp.arange(self.config.experts)[:, None]) * share
+            own = index[None] == jnp.arange(self.config.experts)[:, None]
+            mine = jnp.where(own, share[None], 0.0)
             of = lambda w: Stats.of(values.collect, x, w)  # noqa: E731
             add = lambda a, b: b if a is None else a + b  # noqa: E731
             found = jax.vmap(of)(mine)
