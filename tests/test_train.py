@@ -312,8 +312,21 @@ class TestFit:
         self.run(model, data, 2, folder=tmp_path)
         with pytest.raises(ValueError, match="already holds a run, at step 2"):
             self.run(model, data, folder=tmp_path, resume=False)
+        with pytest.raises(ValueError, match="at step 2, beyond the 1 steps wanted"):
+            self.run(model, data, 1, folder=tmp_path)
         with pytest.raises(ValueError, match="another model, optimizer"):
             fit(model, data, optax.sgd(0.1), steps=4, folder=tmp_path, progress=False)
+
+    def test_a_step_that_went_wrong_is_logged_as_json(self, model, data, tmp_path):
+        def broken(model, batch, key):
+            total, weight = next_token()(model, batch, key)
+            return total * jnp.nan, weight
+
+        trained, rows = self.run(model, data, 1, folder=tmp_path, loss=broken)
+        assert rows[0]["skipped"] == 1 and rows[0]["loss"] is None
+        text = (tmp_path / "metrics.jsonl").read_text()
+        assert json.loads(text, parse_constant=pytest.fail) == rows[0]
+        assert leaves_equal(trained, model)
 
     def test_the_given_model_survives(self, model, data):
         before = jax.tree.map(np.array, model)

@@ -77,10 +77,11 @@ def thinned(rows: list[dict], every: int = 10) -> list[dict]:
     kept = []
     for start in range(0, len(rows), every):
         group = rows[start : start + every]
-        mean = sum(row["loss"] for row in group) / len(group)
-        row = {"step": group[-1]["step"], "loss": round(mean, 4)}
+        losses = [row["loss"] for row in group if row["loss"] is not None]
+        row = {"step": group[-1]["step"]}
+        row["loss"] = round(sum(losses) / len(losses), 4) if losses else None
         row["lr"] = round(group[-1]["lr"], 7)
-        row["norm"] = round(max(r["norm"] for r in group), 3)
+        row["norm"] = round(max(r["norm"] or 0.0 for r in group), 3)
         row["skipped"] = sum(r["skipped"] for r in group)
         seen = [r["eval_loss"] for r in group if "eval_loss" in r]
         kept.append(row | ({"eval_loss": round(seen[-1], 4)} if seen else {}))

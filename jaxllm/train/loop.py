@@ -120,7 +120,6 @@ def _recorded(
     run: Run, state: State, steps: int, folder, resume: bool, rate, progress: bool
 ) -> tuple[State, list[dict]]:
     """Run the steps that are left, with log, resume points and signals around them."""
-    rate = rate or (lambda updates: float("nan"))
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(interruptible())
         points = path = None
@@ -129,6 +128,10 @@ def _recorded(
             state = points.restore(state) or state
             path = Path(folder) / "metrics.jsonl"
         done = int(state.step)
+        if done > steps:
+            raise ValueError(
+                f"{folder} holds a run at step {done}, beyond the {steps} steps wanted"
+            )
         bar = tqdm(total=steps, initial=done, disable=not progress)
         bar = stack.enter_context(bar)
         log = stack.enter_context(Log(path, rate, bar))
@@ -145,22 +148,22 @@ def _steps(
     stop: Stop,
 ) -> State:
     at = int(state.step)
-    log.resume_clock()
+    log.go_on()
     while at < steps:
         batch = run.place(run.batches.batch(at))
         state, metrics = run.step(state, run.frozen, batch)
         at += 1
         log.push(at, metrics, batch.tokens.size)
-        last = at == steps
-        if run.held_out is not None and (last or at % run.eval_every == 0):
-            log.flush(eval_loss=evaluate(run, state))
-            log.resume_clock()
-        save = last or at % run.save_every == 0 or stop.signal is not None
-        if points is not None and save:
-            log.flush()
-            points.save(state)
-            log.resume_clock()
-        if stop.signal is not None and not last:
+        last, stopped = at == steps, stop.signal is not None
+        judge = run.held_out is not None and (last or at % run.eval_every == 0)
+        save = points is not None and (last or stopped or at % run.save_every == 0)
+        if judge or save:
+            log.pause()
+            log.flush(**({"eval_loss": evaluate(run, state)} if judge else {}))
+            if save:
+                points.save(state)
+            log.go_on()
+        if stopped and not last:
             stop.leave(at, saved=points is not None)
     log.flush()
     return state

@@ -11,6 +11,7 @@ import optax
 from optax import contrib
 
 Rate = float | optax.Schedule
+Optimizer = optax.GradientTransformation
 
 
 def is_matrix(path: str, leaf) -> bool:
@@ -27,19 +28,30 @@ def is_hidden_matrix(path: str, leaf) -> bool:
     return leaf.ndim >= 2 and outer not in ("embed", "head", "positions")
 
 
-def adamw(rate: Rate, *, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1):
+def adamw(
+    rate: Rate,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+) -> Optimizer:
     """Adam with decoupled weight decay (arXiv:1711.05101), matrices only."""
     return optax.adamw(
         rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=matrices
     )
 
 
-def lion(rate: Rate, *, b1=0.9, b2=0.99, weight_decay=0.1):
+def lion(
+    rate: Rate, *, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.1
+) -> Optimizer:
     """Lion (arXiv:2302.06675): the sign of a momentum."""
     return optax.lion(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=matrices)
 
 
-def adafactor(rate: Rate, *, weight_decay=None, momentum=None):
+def adafactor(
+    rate: Rate, *, weight_decay: float | None = None, momentum: float | None = None
+) -> Optimizer:
     """Adafactor (arXiv:1804.04235): second moments as row and column factors."""
     return optax.adafactor(
         rate,
@@ -51,7 +63,13 @@ def adafactor(rate: Rate, *, weight_decay=None, momentum=None):
     )
 
 
-def muon(rate: Rate, *, b2=0.95, weight_decay=0.1, adam_scale=1.0):
+def muon(
+    rate: Rate,
+    *,
+    b2: float = 0.95,
+    weight_decay: float = 0.1,
+    adam_scale: float = 1.0,
+) -> Optimizer:
     """Muon for hidden matrices (orthogonalised momentum; Jordan et al. 2024), AdamW
     for the rest at ``adam_scale * rate``.
 
@@ -69,7 +87,13 @@ def muon(rate: Rate, *, b2=0.95, weight_decay=0.1, adam_scale=1.0):
     )
 
 
-def sgd(rate: Rate, *, momentum=0.9, nesterov=False, weight_decay=0.0):
+def sgd(
+    rate: Rate,
+    *,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+) -> Optimizer:
     """Gradient descent with momentum."""
     return optax.chain(
         optax.add_decayed_weights(weight_decay, matrices),
@@ -80,7 +104,7 @@ def sgd(rate: Rate, *, momentum=0.9, nesterov=False, weight_decay=0.0):
 OPTIMIZERS = dict(adamw=adamw, lion=lion, adafactor=adafactor, muon=muon, sgd=sgd)
 
 
-def optimizer(name: str, rate: Rate, **options) -> optax.GradientTransformation:
+def optimizer(name: str, rate: Rate, **options) -> Optimizer:
     """An optimiser by name; clipping is the training step's.
 
     Raises:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 from tqdm import tqdm
 
 from jaxllm.train.step import Metrics
@@ -22,12 +24,12 @@ class Log:
     does not leave the device idle.
     """
 
-    def __init__(self, path: Path | None, rate: Callable, bar: tqdm):
+    def __init__(self, path: Path | None, rate: Callable | None, bar: tqdm):
         self.rows: list[dict] = []
         self._path, self._file = path, None
         self._rate, self._bar = rate, bar
         self._open: tuple[int, Metrics, int] | None = None
-        self._since = time.perf_counter()
+        self._since, self._until = time.perf_counter(), None
 
     def __enter__(self) -> Log:
         return self
@@ -48,24 +50,31 @@ class Log:
             self._row(*self._open, **more)
         self._open = None
 
-    def resume_clock(self) -> None:
-        """Leave what happened since the last row (evaluation, saving) out of speed."""
-        self._since = time.perf_counter()
+    def pause(self) -> None:
+        """Stop the clock once the last step is done: what follows is no training."""
+        if self._open is not None:
+            jax.block_until_ready(self._open[1])
+        self._until = time.perf_counter()
+
+    def go_on(self) -> None:
+        """Start the clock again."""
+        self._since, self._until = time.perf_counter(), None
 
     def _row(self, step: int, metrics: Metrics, size: int, **more: float) -> None:
         row = {
             "step": step,
-            "loss": float(metrics.loss),
-            "lr": float(self._rate(int(metrics.updates))),
-            "norm": float(metrics.norm),
+            "loss": _finite(metrics.loss),
+            "norm": _finite(metrics.norm),
             "tokens": int(metrics.tokens),
             "skipped": int(metrics.skipped),
         }
-        now = time.perf_counter()
+        if self._rate is not None:
+            row["lr"] = float(self._rate(int(metrics.updates)))
+        now = self._until or time.perf_counter()
         row["tokens_per_second"] = round(size / (now - self._since), 1)
         self._since = now
         self._write(row | more)
-        self._bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+        self._bar.set_postfix(loss=f"{float(metrics.loss):.3f}", refresh=False)
         self._bar.update()
 
     def cut(self, step: int) -> None:
@@ -86,6 +95,11 @@ class Log:
         if self._file is not None:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
+
+
+def _finite(value) -> float | None:
+    """A number that JSON knows: ``None`` for a loss of a step that went wrong."""
+    return float(value) if math.isfinite(value) else None
 
 
 class Stop:

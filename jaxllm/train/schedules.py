@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
 
 import optax
-
-Schedule = Callable[..., object]
 
 
 def constant(peak: float, steps: int, *, warmup: int = 0) -> optax.Schedule:
