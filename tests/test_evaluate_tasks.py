@@ -45,7 +45,7 @@ def tiny():
 
 
 def logprobs(model, ids):
-    """Float64 log-probabilities of what follows each token, [length - 1, vocabulary]."""
+    """Float64 log-probabilities of each next token, [length - 1, vocabulary]."""
     padded = jnp.zeros((1, LENGTH), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids))
     logits = np.asarray(LOGITS(model, padded)[0], np.float64)[: len(ids) - 1]
     logits -= logits.max(-1, keepdims=True)
