@@ -157,9 +157,10 @@ def find_class(qualified: str) -> type:
 
 
 def walk_expressions(value) -> Iterator[Expression]:
-    """All expressions inside a spec, itself first."""
+    """All expressions inside a spec and its body, itself first."""
     if isinstance(value, Expression):
         yield value
+        yield from walk_expressions(value.call)
         for _, argument in value.arguments:
             yield from walk_expressions(argument)
     elif isinstance(value, tuple):
