@@ -26,6 +26,7 @@ from jaxllm.core.formats import ActivationFormat, Integer, normal_float
 from jaxllm.core.model import History, with_weight
 from jaxllm.core.spec import expression
 from jaxllm.core.stats import Stats
+from jaxllm.distributed import place
 
 IN, OUT = 24, 16
 
@@ -244,7 +245,7 @@ def test_tokenizer_travels_along(tmp_path):
 
 
 def test_restores_onto_another_mesh(tmp_path):
-    model = with_weight(small_model(), "layers.0.mlp.down", quantized(Integer(4), 8))
+    model = with_weight(small_model(), "layers.0.mlp.down", quantized(Integer(4), 12))
     checkpoint.save(model, tmp_path / "run")
     mesh = make_mesh((4, 2), ("data", "tensor"))
     seen = []
@@ -260,8 +261,13 @@ def test_restores_onto_another_mesh(tmp_path):
     assert_same_bits(model, spread)
     checkpoint.save(spread, tmp_path / "sharded")
     assert_same_bits(model, checkpoint.restore(tmp_path / "sharded"))
-    replicated = checkpoint.restore(tmp_path / "run", mesh=mesh)
-    assert len(replicated.params["embed"]["weight"].sharding.device_set) == 8
+    ruled = checkpoint.restore(tmp_path / "run", mesh=mesh)
+    placed = place(model, mesh)
+    assert_same_bits(model, ruled)
+    pairs = zip(jax.tree.leaves(ruled), jax.tree.leaves(placed), strict=True)
+    assert all(a.sharding == b.sharding for a, b in pairs)
+    up = ruled.params["layers"]["0"]["mlp"]["up"]["weight"]
+    assert up.sharding.spec == P(None, "tensor")
 
 
 def test_each_bad_checkpoint_is_refused_by_name(tmp_path):

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxllm.checkpoint import arrays, manifest, storage
 from jaxllm.core.model import History, Model
 from jaxllm.core.spec import Expression, decode, encode
-from jaxllm.core.structure import build, describe, leaf_shapes
+from jaxllm.core.structure import abstract, build, describe, leaf_shapes
+from jaxllm.distributed import shardings
 
 TOKENIZER = "tokenizer"
 
@@ -78,9 +79,10 @@ def restore(
     """The model saved at ``uri``, onto one device or any mesh.
 
     Args:
-      mesh: Devices that hold the leaves, replicated unless ``sharding`` says more.
-      sharding: ``(path, shape) -> Sharding`` for each leaf, path as in
-        ``layers.0.attn.q.weight.planes.0``; each device reads its part only.
+      mesh: Devices that hold the leaves, split by the rules of
+        ``jaxllm.distributed``; each device reads its part only.
+      sharding: ``(path, shape) -> Sharding`` for each leaf in place of the rules, path
+        as in ``layers.0.attn.q.weight.planes.0``.
       resolve: Finds the maker of a transform by name, so that the history can be
         applied again; without it the history is a record that prints and compares.
       verify: Compare each leaf with its checksum.
@@ -89,10 +91,11 @@ def restore(
       FileNotFoundError: Nothing there.
       ValueError: Not a checkpoint, half-written, damaged, or of a newer format.
     """
-    place = sharding or _everywhere(mesh)
     with storage.reading(uri) as folder:
         record = manifest.load(folder, "model", uri)
+        config = decode(record["config"], resolve)
         shapes = leaf_shapes(record["structure"], resolve)
+        place = sharding or _by_rules(config, record["structure"], mesh, resolve)
         leaves = arrays.read(
             folder, shapes, lambda path, s: place(path.replace("/", "."), s)
         )
@@ -100,7 +103,7 @@ def restore(
         arrays.check(leaves, record["checksums"], uri)
     params = build(record["structure"], lambda path, _: leaves[path], resolve)
     specs = tuple(decode(s, resolve or recorded) for s in record["history"])
-    return Model(params, decode(record["config"], resolve), History(specs, str(uri)))
+    return Model(params, config, History(specs, str(uri)))
 
 
 def restore_tokenizer(uri: str | os.PathLike, load: Callable[[str], Any]):
@@ -126,12 +129,16 @@ def recorded(name: str) -> Callable[..., Expression]:
     return make
 
 
-def _everywhere(mesh: Mesh | None) -> arrays.Sharding:
+def _by_rules(config, structure, mesh: Mesh | None, resolve) -> arrays.Sharding:
+    """One device, or the sharding rules on a mesh, from shapes alone."""
     if mesh is None:
-        placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    else:
-        placed = NamedSharding(mesh, PartitionSpec())
-    return lambda path, shape: placed
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return lambda path, shape: one
+    split = shardings(Model(abstract(structure, resolve), config), mesh).params
+    names = build(structure, lambda path, _: path.replace("/", "."), resolve)
+    leaves = jax.tree.leaves(names), jax.tree.leaves(split)
+    by_path = dict(zip(*leaves, strict=True))
+    return lambda path, shape: by_path[path]
 
 
 def _save_tokenizer(tokenizer, target) -> None:

@@ -165,7 +165,7 @@ def _build(data: Mapping, path: str, leaf, made: Leaves, resolve):
 
 
 def _as_key(words, implementation: str):
-    """A typed key again; its abstract form stays the words that are stored."""
-    if isinstance(words, jax.ShapeDtypeStruct):
+    """A typed key again; what is no array (a shape, a name) stays as it is."""
+    if not isinstance(words, jax.Array | np.ndarray):
         return words
     return jax.random.wrap_key_data(words, impl=implementation)
