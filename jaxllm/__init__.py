@@ -1,7 +1,8 @@
 """Resource-efficient language models in JAX: compress, adapt, measure, run.
 
     model = jaxllm.load("builtin:tiny")
-    small = jaxllm.compose(wanda("2:4"), gptq(bits=4, group_size=64))(model, calibration)
+    pipeline = jaxllm.compose(wanda("2:4"), gptq(bits=4, group_size=64))
+    small = pipeline(model, calibration)
     jaxllm.report(model, small, text)
 
 Names are imported when they are first used, so that the command line starts fast.

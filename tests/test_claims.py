@@ -14,6 +14,7 @@ from jaxllm.core import weights
 from jaxllm.core.model import weight
 from jaxllm.data.calibration import calibrate
 from jaxllm.data.corpora import documents
+from jaxllm.data.tokenizers import load_tokenizer
 from jaxllm.evaluate import perplexity
 from jaxllm.evaluate.twin import outlier_twin
 
@@ -22,6 +23,11 @@ CLAIMS = [
     for entry in methods.entries().values()
     for claim in entry.card.claims
 ]
+
+
+@pytest.fixture(scope="module")
+def builtin_tokenizer():
+    return load_tokenizer("builtin:tiny")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +132,10 @@ def test_gptq_equals_an_independent_transcription(bench):
     @expression(needs=("gram",))
     def reference():
         def solve(w, stats, key, support):
-            run = lambda w, h: numpy_gptq(np.asarray(w).T, np.asarray(h), 3, 32, 0.01).T.astype(np.float32)  # noqa: E731
+            def run(w, h):
+                found = numpy_gptq(np.asarray(w).T, np.asarray(h), 3, 32, 0.01)
+                return found.T.astype(np.float32)
+
             shape = jax.ShapeDtypeStruct(w.shape, jnp.float32)
             return jax.pure_callback(run, shape, w, stats.gram.mean)
 

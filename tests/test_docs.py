@@ -42,7 +42,9 @@ def test_notebooks_execute(path):
     nbformat = pytest.importorskip("nbformat")
     client = pytest.importorskip("nbclient")
     notebook = nbformat.read(path, 4)
-    assert not any(c.get("outputs") for c in notebook.cells), "commit it without outputs"
+    assert not any(c.get("outputs") for c in notebook.cells), (
+        "commit it without outputs"
+    )
     made = client.NotebookClient(notebook, timeout=300).execute()
     last = made.cells[-1].outputs[-1]["data"]["text/plain"]
     assert last == "True"

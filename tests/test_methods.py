@@ -41,7 +41,7 @@ def batches():
 def example(name: str) -> Transform:
     """The method with its defaults, in groups that the tiny model has."""
     make = methods.find(name)
-    defaults = {k: v for k, v in make().arguments}
+    defaults = dict(make().arguments)
     return make(**{k: v for k, v in GROUPED.items() if k in defaults})
 
 
@@ -107,7 +107,9 @@ def test_plan_has_the_shapes_of_the_result(name, model, batches, made):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), planned.params) == shapes
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if methods.entries()[n].family in BODY])
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if methods.entries()[n].family in BODY]
+)
 def test_compresses_every_linear(name, model, made):
     result = made(name)
     for path in model.config.linears():
@@ -215,14 +217,16 @@ def test_missing_calibration_is_an_error(model):
 
 
 def test_a_pattern_that_matches_nothing_lists_the_nearest(model):
-    with pytest.raises(ValueError, match="nearest: layers.0.attn"):
+    with pytest.raises(ValueError, match=r"nearest: layers\.0\.attn"):
         where("layers.0.atn", methods.parse("rtn(4)"))(model)
 
 
 def test_where_narrows_and_nests(model):
     step = where("layers.*.mlp", where("layers.1", methods.parse("rtn(4, 16)")))
     result = step(model)
-    changed = [p for p in model.config.linears() if weights.compressed(weight(result, p))]
+    changed = [
+        p for p in model.config.linears() if weights.compressed(weight(result, p))
+    ]
     assert changed == [f"layers.1.mlp.{n}" for n in ("gate", "up", "down")]
     assert result.history.specs == (step,)
     assert methods.parse(repr(step)) == step

@@ -23,7 +23,6 @@ from jaxllm.core.weights import (
     Orthogonal,
     Permutation,
     Scale,
-    Sparse,
     Sum,
     Trainable,
     Transformed,
@@ -117,7 +116,7 @@ def test_jit_keeps_it(named):
 
 
 def test_leading_axes_work_under_vmap_and_serve_experts(named):
-    name, w = named
+    _, w = named
     stack = jax.tree.map(lambda leaf: jnp.stack((leaf, leaf)), w)
     both = jax.vmap(weights.materialize)(stack)
     np.testing.assert_allclose(both[1], w.materialize(), atol=1e-6)
@@ -218,7 +217,8 @@ def test_refine_reaches_the_open_part_through_every_shell():
         return jnp.zeros_like(w)
 
     inner = Transformed(Scale(jnp.full(ROWS, 2.0)), dense())
-    shell = ActivationQuantized(Sum((inner, LowRank(dense(1, (ROWS, 2)), dense(2, (2, OUT))))), ActivationFormat(8))
+    factors = LowRank(dense(1, (ROWS, 2)), dense(2, (2, OUT)))
+    shell = ActivationQuantized(Sum((inner, factors)), ActivationFormat(8))
     from jaxllm.core.stats import Stats
 
     x = dense(11, (9, ROWS))

@@ -27,8 +27,8 @@ from jaxllm.data.calibration import calibrate
 from jaxllm.data.corpora import documents
 from jaxllm.data.tokenizers import load_tokenizer
 from jaxllm.evaluate import perplexity
-from jaxllm.evaluate.twin import outlier_twin
 from jaxllm.evaluate.environment import environment
+from jaxllm.evaluate.twin import outlier_twin
 from jaxllm.models import hub
 
 HERE = Path(__file__).resolve().parent
@@ -81,7 +81,11 @@ EXPECTED = [
             (f"wanda({s})", f"magnitude({s})", m),
         )
     ),
-    *((f"svd_llm({r})", f"svd({r})", m) for r in (0.8, 0.6) for m in ("stories", "builtin")),
+    *(
+        (f"svd_llm({r})", f"svd({r})", m)
+        for r in (0.8, 0.6)
+        for m in ("stories", "builtin")
+    ),
     ("awq(bits=4, group_size=32)", "rtn(bits=4, group_size=32)", "twin"),
     ("awq(bits=3, group_size=32)", "rtn(bits=3, group_size=32)", "twin"),
     ("smoothquant(0.5)", "smoothquant(None)", "twin"),
@@ -149,7 +153,11 @@ def checks(rows: list[dict]) -> list[dict]:
 def markdown(data: dict) -> str:
     lines = [f"Protocol: {data['rows'][0]['protocol']}", ""]
     for name in dict.fromkeys(r["model"] for r in data["rows"]):
-        lines += [f"## {name}", "", "| spec | bits per weight | perplexity | nats | s |"]
+        lines += [
+            f"## {name}",
+            "",
+            "| spec | bits per weight | perplexity | nats | s |",
+        ]
         lines += ["|---|---|---|---|---|"]
         mine = [r for r in data["rows"] if r["model"] == name]
         for r in mine:

@@ -54,7 +54,9 @@ class Transform(Expression):
 
     def __call__(self, model, calibration=None, key=None, *, monitor=None) -> Model:
         if self.needs and calibration is None:
-            raise ValueError(f"{self!r} needs calibration data ({', '.join(self.needs)})")
+            raise ValueError(
+                f"{self!r} needs calibration data ({', '.join(self.needs)})"
+            )
         key = jax.random.key(0) if key is None else key
         return self.apply(model, Context(calibration, key, (), monitor))
 
@@ -109,7 +111,9 @@ def where(pattern, transform):
         narrowed.paths(model)
         for part in walk_expressions(transform):
             if getattr(part.call, "whole", False):
-                raise ValueError(f"{part!r} changes the whole model: it cannot be narrowed")
+                raise ValueError(
+                    f"{part!r} changes the whole model: it cannot be narrowed"
+                )
         return transform.apply(model, narrowed)
 
     return run
@@ -149,7 +153,9 @@ class Pipeline:
 
     def _dense(self, key, dense, stats, support):
         if self.split is None:
-            return dense if self.solve is None else self.solve(dense, stats, key, support)
+            return (
+                dense if self.solve is None else self.solve(dense, stats, key, support)
+            )
         kept = self.split(dense, stats, key)
         rest = dense - materialize(kept).astype(dense.dtype)
         main = rest if self.solve is None else self.solve(rest, stats, key, support)
@@ -223,7 +229,9 @@ def _check_fit(pipeline: Pipeline, model: Model, paths) -> None:
         needs = pipeline.needs
         stats = _abstract_stats(needs, dense.shape) if needs else None
         try:
-            jax.eval_shape(functools.partial(_solved, pipeline), w, stats, jax.random.key(0))
+            jax.eval_shape(
+                functools.partial(_solved, pipeline), w, stats, jax.random.key(0)
+            )
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path}: {error}") from None
 

@@ -184,7 +184,9 @@ class ActivationFormat:
         return Integer(self.bits, self.symmetric)
 
     def _grid(self, x):
-        blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, self.block or x.shape[-1])
+        blocks = x.astype(jnp.float32).reshape(
+            *x.shape[:-1], -1, self.block or x.shape[-1]
+        )
         if self.symmetric:
             peak = jnp.abs(blocks).max(-1, keepdims=True) * self.clip
             return blocks, jnp.maximum(peak / self.format.largest, TINY), None
@@ -209,7 +211,9 @@ class ActivationFormat:
         zero = encoded.zero
         zero = None if zero is None else zero[..., None].astype(jnp.float32)
         values = self.format.decode(blocks, zero)
-        return (values * encoded.scale[..., None].astype(jnp.float32)).reshape(codes.shape)
+        return (values * encoded.scale[..., None].astype(jnp.float32)).reshape(
+            codes.shape
+        )
 
     def round(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
         """The nearest representable values, without packing; same dtype."""

@@ -71,7 +71,7 @@ def hadamard_transform(x, *, order: int | None = None):
 
 
 def hadamard_matrix(width: int, order: int | None = None) -> np.ndarray:
-    """The orthogonal matrix that ``hadamard_transform`` multiplies by, [width, width]."""
+    """The matrix that ``hadamard_transform`` multiplies by, [width, width]."""
     order = order or largest_order(width)
     dense, power = _split(order)
     block = np.kron(hadamard(dense), _sylvester(power)) / math.sqrt(order)

@@ -112,9 +112,7 @@ class Model:
 
     params: Params
     config: Any = dataclasses.field(metadata=dict(static=True))
-    history: History = dataclasses.field(
-        default=History(), metadata=dict(static=True)
-    )
+    history: History = dataclasses.field(default=History(), metadata=dict(static=True))
 
     def __call__(self, tokens, *, positions=None, segments=None, cache=None):
         """Logits, or ``(logits, cache)`` when a cache is given.
@@ -184,9 +182,7 @@ def select(candidates: tuple[str, ...], pattern: str | tuple[str, ...]):
 
 def _matches(path: str, pattern: str) -> bool:
     parts, wanted = path.split("."), pattern.split(".")
-    return len(parts) >= len(wanted) and all(
-        map(fnmatch.fnmatchcase, parts, wanted)
-    )
+    return len(parts) >= len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
 
 def stable_hash(text: str) -> int:
@@ -206,7 +202,9 @@ def check_finite(model: Model) -> None:
     """Raise ``ValueError`` naming the first parameter that is not finite."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(model.params)[0]:
         kind = np.dtype(leaf.dtype).kind
-        if kind not in "iub" and not bool(np.isfinite(np.asarray(leaf, np.float32)).all()):
+        if kind not in "iub" and not bool(
+            np.isfinite(np.asarray(leaf, np.float32)).all()
+        ):
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             raise ValueError(f"parameter {name!r} has non-finite values")
 

@@ -69,7 +69,9 @@ class Pattern:
     def snap(self, values, mask):
         return jnp.where(mask, values, 0.0)
 
-    def pack(self, values: Float[Array, "in out"], mask: Bool[Array, "..."], dtype) -> Sparse:
+    def pack(
+        self, values: Float[Array, "in out"], mask: Bool[Array, "..."], dtype
+    ) -> Sparse:
         """The stored weight of values that are zero outside the mask [in, out]."""
         count, out = values.shape
         name = str(self) if self.structured else ("mask" if self.joint else "row")
@@ -81,12 +83,16 @@ class Pattern:
         return f"{self.density:g}"
 
 
-def parse_pattern(pattern: str | float, block: int | None = None, joint=False) -> Pattern:
+def parse_pattern(
+    pattern: str | float, block: int | None = None, joint=False
+) -> Pattern:
     """``"2:4"`` keeps 2 of every 4 inputs; a number is the share that is *removed*."""
     if isinstance(pattern, str):
         found = re.fullmatch(r"(\d+):(\d+)", pattern)
         if not found or not 0 < int(found[1]) <= int(found[2]):
-            raise ValueError(f"pattern {pattern!r}; accepted: 'N:M' or a sparsity in 0..1")
+            raise ValueError(
+                f"pattern {pattern!r}; accepted: 'N:M' or a sparsity in 0..1"
+            )
         kept, size = int(found[1]), int(found[2])
         return Pattern(kept / size, size)
     if not 0 <= pattern < 1:

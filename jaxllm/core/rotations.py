@@ -67,12 +67,20 @@ def _dense(params: Params, path: str):
 
 def _check_rotatable(model: Model) -> None:
     residual = model.config.residual()
-    layer = [n for (n, _), k in zip(residual.readers, residual.kinds, strict=True) if k == "layer"]
+    layer = [
+        n
+        for (n, _), k in zip(residual.readers, residual.kinds, strict=True)
+        if k == "layer"
+    ]
     if layer:
-        raise ValueError(f"{layer[0]} is a layer norm: only RMS norms commute with rotations")
+        raise ValueError(
+            f"{layer[0]} is a layer norm: only RMS norms commute with rotations"
+        )
     post = [n for n in residual.post_norms if n is not None]
     if post:
-        raise ValueError(f"{post[0]} stands between a writer and the stream: cannot rotate")
+        raise ValueError(
+            f"{post[0]} stands between a writer and the stream: cannot rotate"
+        )
 
 
 def rotate_residual(model: Model, op) -> Model:

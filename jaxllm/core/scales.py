@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxllm.core.formats import TINY, Format, Integer
+from jaxllm.core.formats import TINY, Format
 from jaxllm.core.spec import expression
 from jaxllm.core.weights import Quantized
 
@@ -95,11 +95,15 @@ def half_quadratic(p: float = 0.7, beta: float = 10.0, kappa: float = 1.01, step
 
     def rule(block, format, importance):
         if format.symmetric:
-            raise ValueError("half_quadratic fits a zero point: use an asymmetric format")
+            raise ValueError(
+                "half_quadratic fits a zero point: use an asymmetric format"
+            )
         scale, zero = _range(block, format)
 
         def shrink(error, weight):
-            small = jnp.abs(error) - jnp.maximum(jnp.abs(error), TINY) ** (p - 1) / weight
+            small = (
+                jnp.abs(error) - jnp.maximum(jnp.abs(error), TINY) ** (p - 1) / weight
+            )
             return jnp.sign(error) * jnp.maximum(small, 0.0)
 
         def step(i, state):
@@ -154,7 +158,9 @@ class Grid:
     def snap(self, values: Float[Array, "... out"], params):
         """The nearest grid points to values whose parameters are [..., out]."""
         scale, zero = params
-        return self.format.decode(self.format.encode(values / scale, zero), zero) * scale
+        return (
+            self.format.decode(self.format.encode(values / scale, zero), zero) * scale
+        )
 
     def pack(self, values: Float[Array, "in out"], params, support, dtype) -> Quantized:
         """The stored weight; ``params`` are [groups, out]."""
@@ -177,7 +183,9 @@ def _stored(value, dtype):
     return value.astype(dtype).astype(jnp.float32)
 
 
-def fit_all(target, w: Float[Array, "in out"], importance, support: Bool[Array, "..."] | None):
+def fit_all(
+    target, w: Float[Array, "in out"], importance, support: Bool[Array, "..."] | None
+):
     """Parameters of all blocks of a weight, stacked [groups, ...].
 
     A short last block is filled with zeros, of the importance ``target.filling``.

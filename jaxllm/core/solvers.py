@@ -114,7 +114,10 @@ class _Plan:
 
 def _sweep(plan: _Plan, dense, u, params, allowed):
     """All inputs in order, panel by panel; errors go on lazily (GPTQ, algorithm 1)."""
-    count, panel = len(dense), min(plan.panel, -(-len(dense) // plan.block) * plan.block)
+    count, panel = (
+        len(dense),
+        min(plan.panel, -(-len(dense) // plan.block) * plan.block),
+    )
     if plan.static:
         panel = min(PANEL, count)
     short = -count % panel
@@ -205,7 +208,9 @@ def resolve_rank(shape: tuple[int, int], rank: int | None, ratio: float | None) 
             raise ValueError(f"ratio {ratio}; accepted: 0 < ratio <= 1")
         rank = max(1, int(ratio * shape[0] * shape[1] / sum(shape)))
     if not 1 <= rank <= min(shape):
-        raise ValueError(f"rank {rank} of a {shape} weight; accepted: 1 to {min(shape)}")
+        raise ValueError(
+            f"rank {rank} of a {shape} weight; accepted: 1 to {min(shape)}"
+        )
     return rank
 
 

@@ -39,7 +39,9 @@ def low_rank(rank: int = 8, metric=metrics.gram(), dtype: str = "bfloat16"):
 
 
 @expression
-def outliers(fraction: float = 0.01, metric=metrics.diagonal(), dtype: str = "bfloat16"):
+def outliers(
+    fraction: float = 0.01, metric=metrics.diagonal(), dtype: str = "bfloat16"
+):
     """The weights of largest |w| sqrt(importance), kept sparse in ``dtype``."""
     if not 0 < fraction < 1:
         raise ValueError(f"fraction {fraction}; accepted: 0 < fraction < 1")

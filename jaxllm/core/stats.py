@@ -174,7 +174,9 @@ class Stats:
             total = jnp.broadcast_to(leaf.sum(0, keepdims=True), leaf.shape)
             return jnp.where(few.reshape(-1, *[1] * (leaf.ndim - 1)), total, leaf)
 
-        additive = {n: jax.tree.map(fill, s) for n, s in self.items.items() if n != "absmax"}
+        additive = {
+            n: jax.tree.map(fill, s) for n, s in self.items.items() if n != "absmax"
+        }
         return Stats({**self.items, **additive})
 
     def __getattr__(self, name: str):

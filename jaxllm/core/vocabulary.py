@@ -7,8 +7,17 @@ import inspect
 from collections.abc import Callable
 from types import ModuleType
 
-from jaxllm.core import compose, equivalences, formats, metrics, patterns, scales
-from jaxllm.core import rotations, solvers, splits
+from jaxllm.core import (
+    compose,
+    equivalences,
+    formats,
+    metrics,
+    patterns,
+    rotations,
+    scales,
+    solvers,
+    splits,
+)
 
 MODULES: tuple[ModuleType, ...] = (
     compose,

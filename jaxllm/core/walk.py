@@ -93,9 +93,14 @@ def walk(
     for i, (path, block) in enumerate(monitor.track(blocks, label, len(blocks))):
         if wants(path):
             start = time.perf_counter()
-            params = _resumed(params, path, monitor, lambda p, path=path, block=block: (
-                visit(p, path, states.collect(block, get(p, path), path, needs))
-            ))
+            params = _resumed(
+                params,
+                path,
+                monitor,
+                lambda p, path=path, block=block: visit(
+                    p, path, states.collect(block, get(p, path), path, needs)
+                ),
+            )
             _note(monitor, label, path, start, params)
         if i < last or (needs and wants(config.head_path)):
             states.advance(block, get(params, path))

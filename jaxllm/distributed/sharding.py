@@ -48,8 +48,8 @@ def shardings(model: Model, mesh: Mesh, rules: Mapping[str, str] = RULES) -> Mod
     whole: list[str] = []
     params = _tree(model, model.params, "", mesh, rules, whole)
     if whole:
-        text = f"{len(whole)} weights cannot be split on {dict(mesh.shape)}: {whole[:3]}"
-        warnings.warn(text, stacklevel=2)
+        on = f"{dict(mesh.shape)}: {whole[:3]}"
+        warnings.warn(f"{len(whole)} weights cannot be split on {on}", stacklevel=2)
     return model.replace(params=params)
 
 

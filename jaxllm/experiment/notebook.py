@@ -1,4 +1,4 @@
-"""What notebooks call: the packages' functions with a model's own tokenizer filled in."""
+"""What notebooks call: the packages' functions with the model's own tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxllm.experiment.sources import open_model, open_tokenizer
 
 
 def load(uri: str, dtype: str = "float32") -> Model:
-    """A model by URI: ``builtin:tiny``, a folder or file, ``hf:owner/name``, a checkpoint.
+    """A model by URI: ``builtin:tiny``, a folder, a file, ``hf:owner/name``.
 
     Raises:
       FileNotFoundError, ValueError, ConnectionError: Naming what is missing or wrong.
@@ -73,7 +73,7 @@ def save(model: Model, uri: str, tokenizer: Tokenizer | None = None, **options) 
 
 
 def restore(uri: str, mesh: Mesh | None = None) -> Model:
-    """The model of a checkpoint, split over a mesh by the sharding rules if one is given."""
+    """The model of a checkpoint, split over a mesh by the sharding rules if given."""
     model = checkpoint.restore(uri, mesh=mesh, resolve=methods.find)
     model = model.replace(history=History(model.history.specs, uri))
     return model if mesh is None else place(model, mesh)

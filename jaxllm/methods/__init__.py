@@ -38,7 +38,9 @@ def table() -> str:
     lines = ["| family | method | paper | beats, at equal bytes |", "|---|---|---|---|"]
     for e in order:
         claims = "; ".join(f"`{c.over}` ({c.model})" for c in e.card.claims[:1])
-        lines.append(f"| {e.family} | `{e.name}` {e.card.title} | {e.card.paper} | {claims} |")
+        lines.append(
+            f"| {e.family} | `{e.name}` {e.card.title} | {e.card.paper} | {claims} |"
+        )
     return "\n".join(lines)
 
 

@@ -46,7 +46,9 @@ class LowRank(Weight):
 
     def axes(self, names: tuple[str, str]) -> LowRank:
         first = _axes(self.first, (names[0], None))
-        return dataclasses.replace(self, first=first, second=_axes(self.second, (None, names[1])))
+        return dataclasses.replace(
+            self, first=first, second=_axes(self.second, (None, names[1]))
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -110,7 +112,7 @@ class Trainable(Weight):
 
 
 def merge(w):
-    """The same map with its trained parts added into a dense array, where it has any."""
+    """The same map with its trained parts, if any, added into a dense array."""
     if isinstance(w, Sum) and any(isinstance(t, Trainable) for t in w.terms):
         return w.materialize()
     return w

@@ -42,7 +42,9 @@ class Quantized(Weight):
         """Round ``values`` [out, in] on the grid of stored ``scale`` and ``zero``."""
         features = values.shape[-1]
         wide = _spread(_plain(scale, len(values)), block, features)
-        shift = None if zero is None else _spread(zero.astype(jnp.float32), block, features)
+        shift = (
+            None if zero is None else _spread(zero.astype(jnp.float32), block, features)
+        )
         codes = format.encode(values / wide, shift)
         planes = pack(codes, format.bits)
         return cls(planes, scale, zero, format, block, features, str(dtype))

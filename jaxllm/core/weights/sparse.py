@@ -87,7 +87,7 @@ class Sparse(Weight):
 
     def axes(self, names: tuple[str, str]) -> Sparse:
         """A mask with one total cannot be split: its values have no axis names."""
-        inner, outer = names
+        outer = names[1]
         whole = self.pattern == "mask"
         mask = (None, None) if whole else (outer, None)
         line = (None, None) if whole else (outer, None)

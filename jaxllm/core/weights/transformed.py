@@ -162,7 +162,9 @@ class Transformed(Weight):
 
     def refine(self, solve, stats, support=None):
         if support is not None:
-            raise TypeError("a sparse support does not pass through an online transform")
+            raise TypeError(
+                "a sparse support does not pass through an online transform"
+            )
         inner = base.refine(self.inner, solve, stats.through(self.op), None)
         return dataclasses.replace(self, inner=inner)
 

@@ -6,7 +6,7 @@ from jaxllm.core.solvers import svd as truncate
 
 card = Card(
     "SVD",
-    paper="Eckart and Young 1936, The approximation of one matrix by another of lower rank",
+    paper="Eckart and Young 1936, doi:10.1007/BF02288367",
     composes="on dense weights; its factors are not compressed further",
 )
 

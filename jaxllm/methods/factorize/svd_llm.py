@@ -1,4 +1,4 @@
-"""SVD-LLM: whiten by the Cholesky factor of the Gram matrix, so truncation is optimal."""
+"""SVD-LLM: whitened by the Gram matrix's Cholesky factor, truncation is optimal."""
 
 from jaxllm.core.card import Card, Claim
 from jaxllm.core.compose import compress, transform
@@ -11,6 +11,7 @@ card = Card(
     claims=(
         Claim("svd_llm(0.8)", "svd(0.8)"),
         Claim("svd_llm(0.6)", "svd(0.6)"),
+        Claim("svd_llm(0.6)", "svd(0.6)", model="builtin"),
     ),
     composes="on dense weights; its factors are not compressed further",
 )

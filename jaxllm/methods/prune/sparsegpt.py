@@ -12,13 +12,16 @@ card = Card(
     claims=(
         Claim("sparsegpt(0.5)", "wanda(0.5)"),
         Claim('sparsegpt("2:4")', 'wanda("2:4")'),
+        Claim('sparsegpt("2:4")', 'wanda("2:4")', model="builtin"),
     ),
     composes="before quantization, which then keeps the zeros",
 )
 
 
 @transform
-def sparsegpt(sparsity: float | str = 0.5, block_size: int = 128, damping: float = 0.01):
+def sparsegpt(
+    sparsity: float | str = 0.5, block_size: int = 128, damping: float = 0.01
+):
     """Remove weights of least w_i^2 / [H^-1]_ii and let the later inputs adapt.
 
     The mask is chosen every ``block_size`` inputs among all outputs together

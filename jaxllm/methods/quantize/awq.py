@@ -1,4 +1,4 @@
-"""AWQ: scale salient input channels up before rounding, the exponent found by search."""
+"""AWQ: scale salient channels up before rounding; a search finds the exponent."""
 
 from jaxllm.core.card import Card, Claim
 from jaxllm.core.compose import compress, rescale, sequence, transform
@@ -19,7 +19,9 @@ card = Card(
 
 
 @transform
-def awq(bits: int = 4, group_size: int | None = 128, steps: int = 20, clip: bool = True):
+def awq(
+    bits: int = 4, group_size: int | None = 128, steps: int = 20, clip: bool = True
+):
     """s = E|x|^a per input, a with the least output error (eq. 4, 5); then rounding.
 
     s is folded into the preceding norm or linear map. ``clip`` searches the range of

@@ -1,4 +1,4 @@
-"""QuaRot: a randomised Hadamard rotation makes weights, activations, KV outlier-free."""
+"""QuaRot: a random Hadamard rotation rids weights, activations, KV of outliers."""
 
 from jaxllm.core.card import Card, Claim
 from jaxllm.core.compose import cached, compress, sequence, transform
@@ -12,7 +12,9 @@ card = Card(
     "QuaRot",
     paper="arXiv:2404.00456",
     claims=(
-        Claim("quarot(solver='rtn')", "quarot(solver='rtn', rotate=False)", model="twin"),
+        Claim(
+            "quarot(solver='rtn')", "quarot(solver='rtn', rotate=False)", model="twin"
+        ),
         Claim("quarot()", "quarot(rotate=False)", model="twin"),
     ),
     composes="first: it rotates dense weights of a model with RMS norms",

@@ -9,7 +9,9 @@ from jaxllm.core.solvers import nearest
 card = Card(
     "Round to nearest",
     paper="-",
-    claims=(Claim("rtn(bits=3, group_size=32, clip=True)", "rtn(bits=3, group_size=32)"),),
+    claims=(
+        Claim("rtn(bits=3, group_size=32, clip=True)", "rtn(bits=3, group_size=32)"),
+    ),
     composes="last of the weight methods; after rescaling, rotation or pruning",
 )
 
