@@ -184,7 +184,7 @@ def end_ids(eos: int | Sequence[int] | None, tokenizer: Tokenizer | None):
     if eos is None:
         eos = getattr(tokenizer, "eos_id", None)
         eos = () if eos is None else eos
-    eos = (eos,) if isinstance(eos, int) else tuple(eos)
+    eos = (eos,) if np.ndim(eos) == 0 else tuple(eos)
     return np.asarray(eos or (-1,), np.int32)
 
 
