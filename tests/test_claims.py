@@ -81,7 +81,7 @@ def test_the_twin_is_the_same_function_with_outliers(bench):
     tokens = next(iter(data)).tokens
     before, after = model(tokens), twin(tokens)
     assert jnp.abs(before - after).max() < 2e-4 * jnp.abs(before).max()
-    plain = "smoothquant(None)"
+    plain = "smoothquant(None, bits=8)"
     hurt = lambda name: bench(name, plain)[0] - bench(name, "")[0]  # noqa: E731
     assert hurt("twin") > 5 * max(hurt("stories"), 1e-3)
 

@@ -19,6 +19,7 @@ from jaxllm.models import MLP, Attention, Layer, MoE, Transformer, init
 
 NAMES = sorted(methods.entries())
 GROUPED = {"group_size": 16}
+EXAMPLES = {"smoothquant": {"bits": 8}}
 BODY = {"quantize", "prune", "factorize"}
 
 
@@ -42,7 +43,8 @@ def example(name: str) -> Transform:
     """The method with its defaults, in groups that the tiny model has."""
     make = methods.find(name)
     defaults = dict(make().arguments)
-    return make(**{k: v for k, v in GROUPED.items() if k in defaults})
+    groups = {k: v for k, v in GROUPED.items() if k in defaults}
+    return make(**groups, **EXAMPLES.get(name, {}))
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +141,8 @@ def test_does_not_depend_on_the_subset(name, model, batches, made):
 @pytest.mark.parametrize(
     "spec",
     (
-        "smoothquant(0.5, bits=None)",
-        "smoothquant(0.8, bits=None, sites='all')",
+        "smoothquant(0.5)",
+        "smoothquant(0.8, sites='all')",
         "quarot(bits=None, activation_bits=None, kv_bits=None)",
         "lora(4)",
     ),

@@ -55,8 +55,8 @@ OTHER = [
         for name in ("magnitude", "wanda", "sparsegpt")
     ),
     *(f"{name}({ratio})" for ratio in (0.8, 0.6) for name in ("svd", "svd_llm")),
-    "smoothquant(None)",
-    "smoothquant(0.5)",
+    "smoothquant(None, bits=8)",
+    "smoothquant(0.5, bits=8)",
     "quarot(rotate=False, solver='rtn')",
     "quarot(solver='rtn')",
     "quarot(rotate=False)",
@@ -88,7 +88,7 @@ EXPECTED = [
     ),
     ("awq(bits=4, group_size=32)", "rtn(bits=4, group_size=32)", "twin"),
     ("awq(bits=3, group_size=32)", "rtn(bits=3, group_size=32)", "twin"),
-    ("smoothquant(0.5)", "smoothquant(None)", "twin"),
+    ("smoothquant(0.5, bits=8)", "smoothquant(None, bits=8)", "twin"),
     ("quarot()", "quarot(rotate=False)", "twin"),
     ("quarot(solver='rtn')", "quarot(rotate=False, solver='rtn')", "twin"),
 ]

@@ -10,23 +10,25 @@ from jaxllm.core.solvers import nearest
 card = Card(
     "SmoothQuant",
     paper="arXiv:2211.10438",
-    claims=(Claim("smoothquant(0.5)", "smoothquant(None)", model="twin"),),
-    composes="first; bits=None only rescales, for other methods to follow",
+    claims=(
+        Claim("smoothquant(0.5, bits=8)", "smoothquant(None, bits=8)", model="twin"),
+    ),
+    composes="first; it only rescales, for other methods to follow, unless bits are given",
 )
 
 
 @transform
 def smoothquant(
     alpha: float | None = 0.5,
-    bits: int | None = 8,
+    bits: int | None = None,
     activation_bits: int | None = 8,
     sites: str = "norm",
 ):
     """s_j = max|x_j|^alpha / max|w_j|^(1-alpha); x / s goes into the norm (eq. 4).
 
-    Weights are int8 per output, activations int8 per token, multiplied as integers.
-    ``bits=None`` leaves the rescaled weights dense, ``alpha=None`` leaves the
-    rescaling out (plain W8A8); ``sites="all"`` also smooths what follows linear maps.
+    ``bits=8`` then rounds weights per output and activations per token, multiplied as
+    integers (W8A8); ``alpha=None`` leaves the rescaling out, for comparison.
+    ``sites="all"`` also smooths what follows linear maps.
     """
     steps = [] if alpha is None else [rescale(smooth(alpha), sites=sites)]
     if bits is not None:
@@ -34,5 +36,5 @@ def smoothquant(
         grid = Grid(Integer(bits, symmetric=True))
         steps.append(compress(nearest(grid), activations=format))
     if not steps:
-        raise ValueError("smoothquant(alpha=None, bits=None) does nothing")
+        raise ValueError("smoothquant(alpha=None) without bits does nothing")
     return sequence(*steps)
