@@ -208,6 +208,23 @@ class Transformer:
             if block.config.attention is not None
         }
 
+    def untied(self) -> Transformer:
+        """The same architecture with a head of its own."""
+        return dataclasses.replace(self, tied=False)
+
+    def with_cache(self, format, rotate_qk: bool = False) -> Transformer:
+        """Keys and values in a number format (None: as computed), in every layer."""
+
+        def changed(layer: Layer) -> Layer:
+            if layer.attention is None:
+                return layer
+            attention = dataclasses.replace(
+                layer.attention, kv=format, rotate_qk=rotate_qk
+            )
+            return dataclasses.replace(layer, attention=attention)
+
+        return dataclasses.replace(self, layers=tuple(map(changed, self.layers)))
+
     def linears(self) -> tuple[str, ...]:
         """Paths of the weights that methods compress unless told otherwise."""
         found = (p for s in self.sites() for p in s.consumers)
