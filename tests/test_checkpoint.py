@@ -80,6 +80,13 @@ def permuted():
     return weights.Transformed(weights.Permutation(jnp.arange(IN)[::-1]), dense())
 
 
+def turned():
+    matrix = jnp.linalg.qr(normal(6, IN, IN))[0]
+    heads = weights.PerHead(weights.Hadamard(), 8)
+    inner = weights.Transformed(heads, quantized(Integer(4)))
+    return weights.Transformed(weights.Orthogonal(matrix), inner)
+
+
 # At least one value of every weight type, nested as methods nest them.
 EXAMPLES = {
     "int3 blocks with a short one": lambda: quantized(Integer(3), 10),
@@ -91,6 +98,7 @@ EXAMPLES = {
     "sparse with one total": lambda: sparse("mask"),
     "rotated": rotated,
     "permuted": permuted,
+    "turned": turned,
     "activations": lambda: weights.ActivationQuantized(scaled(), ActivationFormat(4)),
 }
 
