@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 
+from jaxllm.core.ranks import to_rank
+
 Planes = tuple[UInt8[Array, "... bytes"], ...]
 
 
@@ -30,7 +32,7 @@ def pack(codes: UInt8[Array, "... n"], bits: int) -> Planes:
         short = -codes.shape[-1] % per_byte
         pad = [(0, 0)] * (codes.ndim - 1) + [(0, short)]
         grouped = jnp.pad(piece, pad).reshape(*codes.shape[:-1], -1, per_byte)
-        shifts = jnp.arange(per_byte, dtype=jnp.uint8) * jnp.uint8(part)
+        shifts = to_rank(_shifts(part), grouped.ndim)
         planes.append((grouped << shifts).sum(-1, dtype=jnp.uint8))
         low += part
     return tuple(reversed(planes))
@@ -40,12 +42,17 @@ def unpack(planes: Planes, bits: int, count: int) -> UInt8[Array, "... n"]:
     """The first ``count`` codes of each row (inverse of ``pack``)."""
     total, low = jnp.uint8(0), 0
     for plane, part in zip(reversed(planes), reversed(parts(bits)), strict=True):
-        shifts = jnp.arange(8 // part, dtype=jnp.uint8) * jnp.uint8(part)
+        shifts = to_rank(_shifts(part), plane.ndim + 1)
         piece = (plane[..., None] >> shifts) & jnp.uint8(2**part - 1)
         piece = piece.reshape(*plane.shape[:-1], -1)[..., :count]
         total = total | (piece << jnp.uint8(low))
         low += part
     return total
+
+
+def _shifts(part: int) -> UInt8[Array, "codes"]:
+    """Where the codes of one byte begin."""
+    return jnp.arange(8 // part, dtype=jnp.uint8) * jnp.uint8(part)
 
 
 def packed_bytes(count: int, bits: int) -> int:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core.model import Model, Params, get, put, with_weight
+from jaxllm.core.ranks import to_rank
 from jaxllm.core.spec import expression
 from jaxllm.core.weights import Hadamard, PerHead, Transformed, compressed
 
@@ -52,7 +53,8 @@ def fold_norms(model: Model) -> Model:
         scale = get(params, norm)["scale"]
         for path in readers:
             w = _dense(params, path)
-            folded = (w * (scale + one)[:, None]).astype(w.dtype)
+            rows = to_rank((scale + one)[:, None], w.ndim)
+            folded = (w * rows).astype(w.dtype)
             params = put(params, f"{path}.weight", folded)
         params = put(params, f"{norm}.scale", jnp.full_like(scale, 1 - one))
     return model.replace(params=params)

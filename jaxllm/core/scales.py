@@ -62,7 +62,9 @@ def mse(smallest: float = 0.5, steps: int = 21, norm: float = 2.0):
     def rule(block, format, importance):
         def error(shrink):
             scale, zero = _range(block, format, shrink)
-            back = format.decode(format.encode(block / scale, zero), zero) * scale
+            zero = None if zero is None else zero[None]
+            codes = format.encode(block / scale[None], zero)
+            back = format.decode(codes, zero) * scale[None]
             loss = jnp.abs(block - back) ** norm * importance[:, None]
             return loss.sum(0)
 
@@ -98,7 +100,7 @@ def half_quadratic(p: float = 0.7, beta: float = 10.0, kappa: float = 1.01, step
             raise ValueError(
                 "half_quadratic fits a zero point: use an asymmetric format"
             )
-        scale, zero = _range(block, format)
+        scale, zero = (p[None] for p in _range(block, format))
 
         def shrink(error, weight):
             small = (
@@ -110,14 +112,15 @@ def half_quadratic(p: float = 0.7, beta: float = 10.0, kappa: float = 1.01, step
             zero, best, least = state
             codes = format.encode(block / scale, zero).astype(jnp.float32)
             error = block - (codes - zero) * scale
-            loss = jnp.abs(error).mean(0)
+            loss = jnp.abs(error).mean(0, keepdims=True)
             best = jnp.where(loss < least, zero, best)
             outlier = shrink(error, beta * kappa**i)
-            zero = (codes - (block - outlier) / scale).mean(0)
+            zero = (codes - (block - outlier) / scale).mean(0, keepdims=True)
             return zero, best, jnp.minimum(loss, least)
 
         start = zero, zero, jnp.full_like(zero, jnp.inf)
-        return scale, jax.lax.fori_loop(0, steps + 1, step, start)[1]
+        best = jax.lax.fori_loop(0, steps + 1, step, start)[1]
+        return scale[0], best[0]
 
     return rule
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from jaxllm.core import metrics
 from jaxllm.core.patterns import Pattern
 from jaxllm.core.scales import fit_all, group_of
 from jaxllm.core.spec import expression
+from jaxllm.core.sweep import Problem, sweep, upper_factor
 from jaxllm.core.weights import LowRank
-
-PANEL = 128
 
 
 @expression
@@ -62,123 +60,22 @@ def obs(target, metric=metrics.gram(), order: str = "given"):
 
 def _obs(target, w, h, importance, order, support):
     count = len(w)
-    block = min(target.block or count, count)
     dense = jnp.where((importance > 0)[:, None], w.astype(jnp.float32), 0.0)
-    if support is None:
-        allowed = jnp.ones(dense.shape, bool)
-    else:
-        dense, allowed = jnp.where(support, dense, 0.0), support
-    static = order == "activation" or block == count
-    turn = jnp.argsort(-importance, stable=True) if order == "activation" else None
-    groups = group_of(target, count)
+    allowed = jnp.ones(dense.shape, bool) if support is None else support
+    dense = jnp.where(allowed, dense, 0.0)
     params = _first_params(target, dense, importance, support)
-    if turn is not None:
-        dense, allowed, groups = dense[turn], allowed[turn], groups[turn]
-        h = h[turn][:, turn]
+    turn = jnp.arange(count)
+    block = target.block if target.block and target.block < count else None
+    if order == "activation":
+        turn, block = jnp.argsort(-importance, stable=True), None
+        dense, allowed, h = dense[turn], allowed[turn], h[turn][:, turn]
     u = upper_factor(h)
-    if isinstance(target, Pattern) and static:
+    if isinstance(target, Pattern) and block is None:
         params = target.fit(dense, 1 / jnp.diagonal(u) ** 2, support)
-    plan = _Plan(target, block, static, groups)
-    values, params = _sweep(plan, dense, u, params, allowed)
-    if turn is not None:
-        values = jnp.zeros_like(values).at[turn].set(values)
+    q, params = sweep(target, Problem(dense, u, allowed, turn, params), block)
+    values = jnp.zeros_like(q).at[turn].set(q)
     mine = _per_input(target, params, count)
     return _packed(target, values, params, mine, support, w.dtype)
-
-
-class _Plan:
-    """What the sweep needs to know of a set: its blocks and when they are fitted."""
-
-    def __init__(self, target, block: int, static: bool, groups):
-        self.set, self.block, self.static, self.groups = target, block, static, groups
-        self.pattern = isinstance(target, Pattern)
-        self.panel = block if block > PANEL else PANEL // block * block
-
-    def fit(self, rows, cost, allowed, real):
-        """Parameters of a block from its current rows; filling rows do not count."""
-        if not self.pattern:
-            return self.set.fit(rows, jnp.ones(len(rows)), allowed)
-        return self.set.fit(rows, jnp.where(real, cost, -1.0), allowed)
-
-    def of(self, params, i):
-        """Parameters of input ``i`` among all."""
-        at = i if self.pattern else self.groups[i]
-        return jax.tree.map(lambda p: p[at], params)
-
-    def store(self, params, start, fitted):
-        if self.pattern:
-            return jax.lax.dynamic_update_slice_in_dim(params, fitted, start, 0)
-        at = start // self.block
-        return jax.tree.map(lambda p, f: p.at[at].set(f), params, fitted)
-
-
-def _sweep(plan: _Plan, dense, u, params, allowed):
-    """All inputs in order, panel by panel; errors go on lazily (GPTQ, algorithm 1)."""
-    count, panel = (
-        len(dense),
-        min(plan.panel, -(-len(dense) // plan.block) * plan.block),
-    )
-    if plan.static:
-        panel = min(PANEL, count)
-    short = -count % panel
-    rows = lambda x: jnp.pad(x, ((0, short), (0, 0)))  # noqa: E731
-    w, allowed = rows(dense), rows(allowed)
-    u = jnp.pad(u, ((0, short), (0, short))) + jnp.diag(
-        jnp.where(jnp.arange(count + short) < count, 0.0, 1.0)
-    )
-    plan.groups = jnp.pad(plan.groups, (0, short), mode="edge")
-    params = rows(params) if plan.pattern else params
-    index = jnp.arange(count + short)
-    step = panel if plan.static else plan.block
-
-    def one_panel(p, state):
-        w, params = state
-        start = p * panel
-        here = lambda x: jax.lax.dynamic_slice_in_dim(x, start, panel, 0)  # noqa: E731
-        triangle = jax.lax.dynamic_slice(u, (start, start), (panel, panel))
-        free = here(allowed)
-
-        def one_block(b, state):
-            part, errors, params = state
-            low = b * step
-            if not plan.static:
-                cut = lambda x: jax.lax.dynamic_slice_in_dim(x, low, step, 0)  # noqa: E731
-                cost = 1 / cut(jnp.diagonal(triangle)) ** 2
-                fitted = plan.fit(
-                    cut(part), cost, cut(free), start + low + jnp.arange(step) < count
-                )
-                params = plan.store(params, start + low, fitted)
-
-            def one_input(j, state):
-                part, errors = state
-                i = low + j
-                row, line = part[i], triangle[i]
-                q = plan.set.snap(row, plan.of(params, start + i))
-                q = jnp.where(free[i], q, 0.0)
-                error = (row - q) / line[i]
-                later = jnp.where(jnp.arange(panel) > i, line, 0.0)
-                part = (part - later[:, None] * error[None]).at[i].set(q)
-                return part, errors.at[i].set(error)
-
-            part, errors = jax.lax.fori_loop(0, step, one_input, (part, errors))
-            return part, errors, params
-
-        blank = jnp.zeros((panel, w.shape[1]))
-        state = here(w), blank, params
-        part, errors, params = jax.lax.fori_loop(0, panel // step, one_block, state)
-        beyond = jnp.where(index >= start + panel, here(u), 0.0)
-        w = w - beyond.T @ errors
-        return jax.lax.dynamic_update_slice_in_dim(w, part, start, 0), params
-
-    w, params = jax.lax.fori_loop(0, len(w) // panel, one_panel, (w, params))
-    return w[:count], params[:count] if plan.pattern else params
-
-
-def upper_factor(h: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """U, upper triangular, with H^-1 = UT U, from one Cholesky factor of flipped H."""
-    lower = jnp.linalg.cholesky(h[::-1, ::-1])
-    eye = jnp.eye(len(h), dtype=h.dtype)
-    return jax.scipy.linalg.solve_triangular(lower, eye, lower=True)[::-1, ::-1]
 
 
 @expression
@@ -228,7 +125,7 @@ def factorize(w, metric: metrics.Metric, rank: int) -> LowRank:
             lower, x, lower=True, trans="T"
         )
     half = jnp.sqrt(s[:rank])
-    first, second = back(u[:, :rank] * half), half[:, None] * vt[:rank]
+    first, second = back(u[:, :rank] * half[None]), half[:, None] * vt[:rank]
     return LowRank(first.astype(w.dtype), second.astype(w.dtype))
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core import weights
+from jaxllm.core.ranks import to_rank
 from jaxllm.core.stats import Stats
 from jaxllm.models.config import Norm as NormConfig
 from jaxllm.models.config import Rope, RopeScaling
@@ -64,7 +65,7 @@ class Linear(nn.Module):
         if self.bias or self.has_variable("params", "bias"):
             zeros = nn.initializers.zeros
             b = read(self, "bias", zeros, self.shape[1:], self.dtype)
-            y = y + b.astype(y.dtype)
+            y = y + to_rank(b, y.ndim).astype(y.dtype)
         return y
 
 
@@ -84,11 +85,11 @@ class Norm(nn.Module):
         if layer:
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.config.eps)
-        y = y * (scale.astype(jnp.float32) + float(plus_one))
+        y = y * to_rank(scale.astype(jnp.float32) + float(plus_one), y.ndim)
         if layer or self.has_variable("params", "bias"):
             zeros = nn.initializers.zeros
             bias = read(self, "bias", zeros, (self.width,), self.dtype)
-            y = y + bias.astype(jnp.float32)
+            y = y + to_rank(bias, y.ndim).astype(jnp.float32)
         return y.astype(x.dtype)
 
 
@@ -108,7 +109,7 @@ def rotate(x, positions, rope: Rope):
     """Rotary embedding of ``x`` [batch, length, heads, dim] at ``positions``."""
     dim = int(x.shape[-1] * rope.fraction)
     frequencies, gain = rotary_frequencies(rope, dim, positions)
-    angle = positions[..., None].astype(jnp.float32) * frequencies
+    angle = positions[..., None].astype(jnp.float32) * to_rank(frequencies, 3)
     cos, sin = (f(angle)[:, :, None, :] * gain for f in (jnp.cos, jnp.sin))
     part, rest = x[..., :dim].astype(jnp.float32), x[..., dim:]
     if rope.interleaved:

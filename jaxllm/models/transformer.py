@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxllm.core import weights
 from jaxllm.core.model import Model, Params, Residual, Site, get
+from jaxllm.core.ranks import to_rank
 from jaxllm.models.attention import Attention
 from jaxllm.models.cache import LayerCache
 from jaxllm.models.config import MLP as MLPConfig
@@ -167,7 +168,8 @@ class Transformer:
         logits = weights.dot(self.final(params, hidden), head["weight"])
         logits = logits.astype(jnp.float32)
         if "bias" in head:
-            logits = logits + head["bias"].astype(jnp.float32)
+            bias = to_rank(head["bias"], logits.ndim)
+            logits = logits + bias.astype(jnp.float32)
         if self.logit_softcap is not None:
             logits = self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
         return logits

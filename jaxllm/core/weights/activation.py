@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core.formats import ActivationFormat, Integer
+from jaxllm.core.ranks import to_rank
 from jaxllm.core.weights import base
 from jaxllm.core.weights.base import Weight
 from jaxllm.core.weights.quantized import Quantized
@@ -66,7 +67,8 @@ class ActivationQuantized(Weight):
         product = jax.lax.dot_general(
             left, right.astype(jnp.int8), contract, preferred_element_type=jnp.int32
         )
-        out = product.astype(jnp.float32) * scale * w.scale.astype(jnp.float32)[:, 0]
+        per_output = to_rank(w.scale[:, 0].astype(jnp.float32), product.ndim)
+        out = product.astype(jnp.float32) * scale * per_output
         return out.astype(x.dtype)
 
     def refine(self, solve, stats, support=None):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.core.hadamard import hadamard_matrix, hadamard_transform
+from jaxllm.core.ranks import to_rank
 from jaxllm.core.weights import base
 from jaxllm.core.weights.base import Weight
 
@@ -29,10 +30,10 @@ class Scale:
     diagonal = True
 
     def apply(self, x):
-        return x * self.factor.astype(x.dtype)
+        return x * to_rank(self.factor, x.ndim).astype(x.dtype)
 
     def inverse(self, x):
-        return x / self.factor.astype(x.dtype)
+        return x / to_rank(self.factor, x.ndim).astype(x.dtype)
 
     def axes(self, name: str) -> Scale:
         return Scale((name,))
@@ -53,13 +54,16 @@ class Hadamard:
     diagonal = False
 
     def apply(self, x):
-        if self.signs is not None:
-            x = x * self.signs.astype(x.dtype)
-        return self._mix(x, lambda y: hadamard_transform(y, order=self.order))
+        run = lambda y: hadamard_transform(y, order=self.order)  # noqa: E731
+        return self._mix(self._signed(x), run)
 
     def inverse(self, x):
-        x = self._mix(x, lambda y: _transposed(y, self.order))
-        return x if self.signs is None else x * self.signs.astype(x.dtype)
+        return self._signed(self._mix(x, lambda y: _transposed(y, self.order)))
+
+    def _signed(self, x):
+        if self.signs is None:
+            return x
+        return x * to_rank(self.signs, x.ndim).astype(x.dtype)
 
     def _mix(self, x, run):
         if self.group == 1:
@@ -165,7 +169,8 @@ class Transformed(Weight):
             raise TypeError(
                 "a sparse support does not pass through an online transform"
             )
-        inner = base.refine(self.inner, solve, stats.through(self.op), None)
+        seen = None if stats is None else stats.through(self.op)
+        inner = base.refine(self.inner, solve, seen, None)
         return dataclasses.replace(self, inner=inner)
 
     def axes(self, names: tuple[str, str]) -> Transformed:
