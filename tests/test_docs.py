@@ -55,3 +55,18 @@ def test_notebooks_execute(path):
         if "text/markdown" in output.get("data", {})
     ]
     assert any("gptq" in text for text in tables), "the report renders as a table"
+
+
+def test_public_names_are_what_they_say_after_every_import():
+    """Importing a package must not shadow the function of that name."""
+    import importlib
+    import inspect
+
+    import jaxllm
+
+    for name in ("generation", "evaluate", "checkpoint", "experiment", "methods"):
+        importlib.import_module(f"jaxllm.{name}")
+    for name in jaxllm.__all__:
+        value = getattr(jaxllm, name)
+        assert callable(value) and not inspect.ismodule(value), name
+    assert set(jaxllm.__all__) <= set(dir(jaxllm))

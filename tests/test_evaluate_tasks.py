@@ -25,7 +25,7 @@ from jaxllm.evaluate import (
 from jaxllm.evaluate.choice import encode_pair
 from jaxllm.evaluate.harness import Requests
 from jaxllm.evaluate.tasks import after_hashes, first_line
-from jaxllm.generate import generate
+from jaxllm.generation import generate
 from jaxllm.models import MLP, Attention, Layer, Transformer, init
 
 LENGTH = 32

@@ -9,7 +9,7 @@ import pytest
 from letters import Letters
 from scipy import stats
 
-from jaxllm.generate import Sampler, generate, loop
+from jaxllm.generation import Sampler, generate, loop
 from jaxllm.models import MLP, Attention, Layer, Norm, Transformer, init
 
 LENGTH = 48

@@ -22,17 +22,17 @@ ORDER = (
     {"pallas_kernels"},
     {"core"},
     {"models"},
-    {"distributed", "data", "generate", "train", "evaluate"},
+    {"distributed", "data", "generation", "train", "evaluate"},
     {"methods"},
     {"checkpoint"},
     {"experiment", "cli"},
     {"jaxllm"},
 )
 SIDEWAYS = {
-    ("generate", "data"),
+    ("generation", "data"),
     ("train", "data"),
     ("evaluate", "data"),
-    ("evaluate", "generate"),
+    ("evaluate", "generation"),
     ("cli", "experiment"),
 }
 LIMITS = {"core": 400, "methods": 200, "train": 400, "experiment": 400}

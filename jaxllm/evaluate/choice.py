@@ -23,7 +23,7 @@ from jaxllm.data.packing import Rows
 from jaxllm.data.tokenizers import Tokenizer, check_vocabulary
 from jaxllm.evaluate.likelihood import likelihood_and_greedy, padded
 from jaxllm.evaluate.score import Score
-from jaxllm.generate.loop import bucket
+from jaxllm.generation.loop import bucket
 
 Pair = tuple[str, str]
 

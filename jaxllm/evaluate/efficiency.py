@@ -22,7 +22,7 @@ import numpy as np
 from jaxllm.core import compat, weights
 from jaxllm.core.model import Model, get
 from jaxllm.evaluate import energy
-from jaxllm.generate import Sampler, loop
+from jaxllm.generation import Sampler, loop
 
 PARTS = ("attention", "mlp", "embeddings", "norms", "head", "other")
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from jaxllm.core.model import Model
 from jaxllm.data.tokenizers import Tokenizer, check_vocabulary
 from jaxllm.evaluate.choice import loglikelihoods, score_tokens
-from jaxllm.generate import generate
+from jaxllm.generation import generate
 
 # What lm-evaluation-harness puts in the settings of a generation request.
 SETTINGS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")

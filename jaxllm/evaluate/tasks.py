@@ -14,7 +14,7 @@ from jaxllm.core.model import Model
 from jaxllm.data.corpora import read_rows
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.evaluate.score import Score
-from jaxllm.generate import generate
+from jaxllm.generation import generate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from jaxllm.evaluate import (
 )
 from jaxllm.experiment.prepare import Prepared
 from jaxllm.experiment.schema import TaskConfig
-from jaxllm.generate import generate
+from jaxllm.generation import generate
 
 
 def measure(model: Model, prepared: Prepared, progress: bool = True) -> dict[str, Any]:

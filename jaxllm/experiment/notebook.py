@@ -6,12 +6,11 @@ from jax.sharding import Mesh
 
 from jaxllm import checkpoint, methods
 from jaxllm import evaluate as _evaluate
-from jaxllm import generate as _generate
+from jaxllm.generation import generate as _generate
 from jaxllm.core.model import History, Model
 from jaxllm.data.calibration import Calibration
 from jaxllm.data.calibration import calibrate as _calibrate
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.distributed import place
 from jaxllm.experiment.sources import open_model, open_tokenizer
 
 
@@ -52,10 +51,8 @@ def calibrate(
 
 
 def generate(model: Model, prompts, tokenizer: Tokenizer | None = None, **options):
-    """Continuations of one prompt or several; options as ``generate.generate``."""
-    return _generate.generate(
-        model, tokenizer or tokenizer_of(model), prompts, **options
-    )
+    """Continuations of one prompt or several; options as ``generation.generate``."""
+    return _generate(model, tokenizer or tokenizer_of(model), prompts, **options)
 
 
 def report(before: Model, after, text, tokenizer: Tokenizer | None = None, **options):
@@ -75,5 +72,4 @@ def save(model: Model, uri: str, tokenizer: Tokenizer | None = None, **options) 
 def restore(uri: str, mesh: Mesh | None = None) -> Model:
     """The model of a checkpoint, split over a mesh by the sharding rules if given."""
     model = checkpoint.restore(uri, mesh=mesh, resolve=methods.find)
-    model = model.replace(history=History(model.history.specs, uri))
-    return model if mesh is None else place(model, mesh)
+    return model.replace(history=History(model.history.specs, uri))

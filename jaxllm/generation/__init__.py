@@ -1,6 +1,6 @@
 """Generation: sampling and the compiled loop."""
 
-from jaxllm.generate.loop import Generation, generate
-from jaxllm.generate.sampling import Sampler
+from jaxllm.generation.loop import Generation, generate
+from jaxllm.generation.sampling import Sampler
 
 __all__ = ["Generation", "Sampler", "generate"]

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxllm.core.model import Model
 from jaxllm.data.tokenizers import Tokenizer, check_vocabulary
-from jaxllm.generate.sampling import Sampler
+from jaxllm.generation.sampling import Sampler
 
 # Steps between two looks for stop strings, which only the host can find.
 STRIDE = 16
