@@ -1,6 +1,6 @@
 """Every method at every setting on three models, at measured size: the spine's table.
 
-    python experiments/spine/run.py [--models stories,twin,builtin] [--limit 64]
+    python experiments/spine/run.py [--models stories,twin,builtin] [--limit 24]
 
 Writes ``results.json`` (one row per model and spec, with command, commit, device,
 versions, protocol) and ``results.md`` beside this file. Rows that are there already
@@ -118,7 +118,7 @@ def row(name: str, spec: str, limit: int, found) -> dict:
     small = methods.parse(spec)(model, calibration, monitor=monitor) if spec else model
     jax.block_until_ready(small.params)
     seconds = time.perf_counter() - start
-    score = perplexity(small, tokenizer, list(texts), "documents", limit=limit)
+    score = perplexity(small, tokenizer, list(texts), "documents", limit=limit, progress=False)
     paths = model.config.linears()
     entries = sum(weights.size(weight(model, p)) for p in paths)
     size = sum(weights.nbytes(weight(small, p)) for p in paths)
@@ -191,7 +191,7 @@ def write(data: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="stories,twin,builtin")
-    parser.add_argument("--limit", type=int, default=64, help="documents to evaluate")
+    parser.add_argument("--limit", type=int, default=24, help="documents to evaluate")
     options = parser.parse_args()
     path = HERE / "results.json"
     old = json.loads(path.read_text())["rows"] if path.exists() else []
