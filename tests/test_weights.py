@@ -128,7 +128,7 @@ def test_leading_axes_work_under_vmap_and_serve_experts(named):
 
 def test_rows_are_the_columns_of_the_table(named):
     _, w = named
-    ids = jnp.array([[3, 0], [OUT - 1, 3]])
+    ids = jnp.array([[3, 0, 1], [OUT - 1, 3, 2]])
     expected = jnp.moveaxis(w.materialize()[:, ids], 0, -1)
     np.testing.assert_allclose(weights.rows(w, ids), expected, atol=1e-5)
 

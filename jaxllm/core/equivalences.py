@@ -97,7 +97,7 @@ def fold(params: Params, site: Site, factor: Float[Array, "in"]) -> Params:
             raise TypeError(
                 f"{path} is {type(w).__name__}: rescale before compressing it"
             )
-        changed = (w / factor[..., :, None]).astype(w.dtype)
+        changed = (w.astype(jnp.float32) / factor[..., :, None]).astype(w.dtype)
         if online:
             changed = weights.Transformed(weights.Scale(factor), changed)
         params = put(params, f"{path}.weight", changed)
@@ -111,14 +111,20 @@ def _into_producer(params: Params, site: Site, factor) -> Params:
         w = group["weight"]
         if weights.compressed(w):
             raise TypeError(f"{site.producer} is {type(w).__name__}: rescale first")
-        changed = {"weight": (w * kept[..., None, :]).astype(w.dtype)}
+        changed = {"weight": _times(w, kept[..., None, :])}
     else:
         kept, one = factor, float(site.kind == "norm_plus_one")
         scale = group["scale"]
-        changed = {"scale": ((scale + one) * kept - one).astype(scale.dtype)}
+        wide = (scale.astype(jnp.float32) + one) * kept - one
+        changed = {"scale": wide.astype(scale.dtype)}
     if "bias" in group:
-        changed["bias"] = (group["bias"] * kept).astype(group["bias"].dtype)
+        changed["bias"] = _times(group["bias"], kept)
     return put(params, site.producer, group | changed)
+
+
+def _times(x, factor):
+    """The product in float32, stored like ``x``."""
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def _producer_channels(site: Site, factor):

@@ -37,7 +37,7 @@ class Weight(abc.ABC):
 
     def rows(self, ids: Int[Array, "*ids"]) -> Float[Array, "*ids in"]:
         """The columns W[:, ids] as rows: embeddings of a table [width, vocabulary]."""
-        return jnp.take(self.materialize(), ids, axis=1, mode="clip").swapaxes(0, -1)
+        return rows(self.materialize(), ids)
 
     def refine(self, solve: Solve, stats, support=None):
         """Let ``solve(dense, stats, support)`` replace the part that is still dense.
