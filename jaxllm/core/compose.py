@@ -19,7 +19,7 @@ from jaxllm.core.formats import ActivationFormat
 from jaxllm.core.model import Model, Site, get, layer_key, put, select
 from jaxllm.core.spec import Expression, expression, walk_expressions
 from jaxllm.core.stats import Stats
-from jaxllm.core.walk import Monitor, walk
+from jaxllm.core.walk import Monitor, Seen, walk
 from jaxllm.core.weights import ActivationQuantized, Sum, materialize, refine
 
 FEW_TOKENS = 64
@@ -168,30 +168,68 @@ def compress(solve=None, *, split=None, correct=None, activations=None):
     pipeline = Pipeline(solve, split, correct, activations)
 
     def run(model: Model, context: Context) -> Model:
-        paths, needs = context.paths(model), pipeline.needs
-        taps = {p: s.tap for s in model.config.sites() for p in s.consumers}
-        _check_fit(pipeline, model, paths)
+        paths = context.paths(model)
+        return compress_each(model, context, dict.fromkeys(paths, pipeline))
 
-        def visit(params, block, stats):
-            for path in (p for p in paths if inside(p, block)):
+    run.pipeline = pipeline
+    return run
+
+
+def compress_each(model: Model, context: Context, each: dict[str, Pipeline]) -> Model:
+    """Each path through its own pipeline, in one walk."""
+    taps = {p: s.tap for s in model.config.sites() for p in s.consumers}
+    needs = total_needs(each.values())
+    for pipeline in dict.fromkeys(each.values()):
+        _check_fit(pipeline, model, [p for p, own in each.items() if own == pipeline])
+
+    def visit(params, block, seen: Seen):
+        for path, pipeline in each.items():
+            if inside(path, block):
                 w = get(params, f"{path}.weight")
-                found = stats[taps[path]] if needs else None
+                found = seen.stats[taps[path]] if pipeline.needs else None
                 made = _solved(pipeline, w, found, layer_key(context.key, path))
                 params = put(params, f"{path}.weight", made)
-            return params
+        return params
 
-        wants = lambda block: any(inside(p, block) for p in paths)  # noqa: E731
-        values = dict(label="compress", monitor=context.monitor, wants=wants)
-        return walk(model, context.calibration, needs, visit, **values)
+    wants = lambda block: any(inside(p, block) for p in each)  # noqa: E731
+    values = dict(label="compress", monitor=context.monitor, wants=wants)
+    return walk(model, context.calibration, needs, visit, **values)
 
-    return run
+
+def total_needs(pipelines) -> tuple[str, ...]:
+    """Statistics that any of the pipelines reads."""
+    return tuple(sorted({name for p in pipelines for name in p.needs}))
+
+
+def measured(model: Model, context: Context, paths, pipelines, loss) -> dict:
+    """For each path, (loss, bytes) of each pipeline; the model stays as it is.
+
+    ``loss(w, made, stats)`` reads the Gram matrix besides what the pipelines need.
+    """
+    taps = {p: s.tap for s in model.config.sites() for p in s.consumers}
+    needs = tuple(sorted({"gram", *total_needs(pipelines)}))
+    found: dict[str, list] = {}
+
+    def visit(params, block, seen: Seen):
+        for path in (p for p in paths if inside(p, block)):
+            w, stats = get(params, f"{path}.weight"), seen.stats[taps[path]]
+            key = layer_key(context.key, path)
+            made = [_solved(p, w, stats, key) for p in pipelines]
+            found[path] = [(loss(w, m, stats), weights.nbytes(m)) for m in made]
+        return params
+
+    wants = lambda block: any(inside(p, block) for p in paths)  # noqa: E731
+    silent = Monitor(progress=context.monitor is not None and context.monitor.progress)
+    values = dict(label="measure", monitor=silent, wants=wants)
+    walk(model, context.calibration, needs, visit, **values)
+    return found
 
 
 def _added(w, term) -> Sum:
     return Sum((*w.terms, term)) if isinstance(w, Sum) else Sum((w, term))
 
 
-def _rounded(w, format: ActivationFormat) -> ActivationQuantized:
+def _rounded(w, format: ActivationFormat) -> weights.Weight:
     """Round what reaches the weight: after any online transform, not before."""
     if isinstance(w, weights.Transformed):
         return dataclasses.replace(w, inner=_rounded(w.inner, format))
@@ -267,10 +305,11 @@ def rescale(equivalence, *, sites: str = "all"):
             and (linear or site.kind != "linear")
         ]
 
-        def visit(params, block, stats):
+        def visit(params, block, seen: Seen):
             for site in found:
                 if inside(site.consumers[0], block):
-                    params = _rescaled(equivalence, params, site, stats[site.tap])
+                    stats = seen.stats[site.tap]
+                    params = _rescaled(equivalence, params, site, stats)
             return params
 
         wants = lambda b: any(inside(s.consumers[0], b) for s in found)  # noqa: E731

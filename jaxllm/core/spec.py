@@ -20,11 +20,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Expression:
-    """A named call: ``name(**arguments)``, and the callable that it stands for."""
+    """A named call: ``name(**arguments)``, and what it stands for (mostly a callable)."""
 
     name: str
     arguments: tuple[tuple[str, Any], ...]
-    call: Callable = dataclasses.field(compare=False)
+    call: Any = dataclasses.field(compare=False)
     own_needs: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     defaults: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), compare=False)
 

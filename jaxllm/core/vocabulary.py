@@ -8,11 +8,13 @@ from collections.abc import Callable
 from types import ModuleType
 
 from jaxllm.core import (
+    allocate,
     compose,
     equivalences,
     formats,
     metrics,
     patterns,
+    reconstruct,
     rotations,
     scales,
     solvers,
@@ -20,11 +22,13 @@ from jaxllm.core import (
 )
 
 MODULES: tuple[ModuleType, ...] = (
+    allocate,
     compose,
     equivalences,
     formats,
     metrics,
     patterns,
+    reconstruct,
     rotations,
     scales,
     solvers,

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,30 @@ from jaxllm.core.batch import Batch
 from jaxllm.core.model import Model, Params, get, put
 from jaxllm.core.stats import Stats
 
-Visit = Callable[[Params, str, dict[str, Stats]], Params]
 
 
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a visit sees of a block besides the parameters.
+
+    ``stats`` by the full path of the tap; ``inputs``: per batch, the hidden states in
+    front of the block and (positions, segments, weights); ``block`` is its static
+    definition (None for the head). ``record`` adds to the monitor's event.
+    """
+
+    stats: dict[str, Stats]
+    block: Any = None
+    inputs: tuple = ()
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def record(self, **values) -> None:
+        self.notes.update(values)
+
+
+Visit = Callable[[Params, str, Seen], Params]
+
+
+@runtime_checkable
 class Store(Protocol):
     """Where resume points go: ``load`` gives what ``save`` put there, or None."""
 
@@ -77,35 +98,36 @@ def walk(
     label: str = "walk",
     monitor: Monitor | None = None,
     wants: Callable[[str], bool] = lambda path: True,
+    inputs: bool = False,
 ) -> Model:
     """Visit every block in order and return the model with the new parameters.
 
-    ``visit(params, path, stats)`` gets the whole parameters, the block's path and the
-    statistics by tap (full path), and returns the parameters with that block changed;
-    blocks for which ``wants(path)`` is false are passed through. Without ``needs``
-    nothing runs forward and ``batches`` is not read.
+    ``visit(params, path, seen)`` gets the whole parameters, the block's path and what
+    was ``Seen`` of it, and returns the parameters with that block changed; blocks for
+    which ``wants(path)`` is false are passed through. Without ``needs`` (or
+    ``inputs``) nothing runs forward and ``batches`` is not read.
     """
     monitor = monitor or Monitor(progress=False)
     config, params = model.config, model.params
-    states = _Hidden(config, params, batches if needs else (), monitor.offload)
+    forward = bool(needs) or inputs
+    states = _Hidden(config, params, batches if forward else (), monitor.offload)
     blocks = config.blocks()
     last = max((i for i, (path, _) in enumerate(blocks) if wants(path)), default=-1)
     for i, (path, block) in enumerate(monitor.track(blocks, label, len(blocks))):
         if wants(path):
-            start = time.perf_counter()
-            params = _resumed(
-                params,
-                path,
-                monitor,
-                lambda p, path=path, block=block: visit(
-                    p, path, states.collect(block, get(p, path), path, needs)
-                ),
-            )
-            _note(monitor, label, path, start, params)
-        if i < last or (needs and wants(config.head_path)):
+            start, notes = time.perf_counter(), {}
+
+            def make(params, path=path, block=block, notes=notes):
+                stats = states.collect(block, get(params, path), path, needs)
+                return visit(params, path, Seen(stats, block, states.items, notes))
+
+            params = _resumed(params, path, monitor, make)
+            _note(monitor, dict(step=label, path=path), start, params, notes)
+        if i < last or (forward and wants(config.head_path)):
             states.advance(block, get(params, path))
     if wants(config.head_path):
-        params = visit(params, config.head_path, states.final(config, params, needs))
+        seen = Seen(states.final(config, params, needs))
+        params = visit(params, config.head_path, seen)
     return model.replace(params=params)
 
 
@@ -124,13 +146,15 @@ def _resumed(params: Params, path: str, monitor: Monitor, make) -> Params:
     return params
 
 
-def _note(monitor: Monitor, label: str, path: str, start: float, params) -> None:
-    leaves = jax.tree.leaves(get(params, path))
+def _note(monitor: Monitor, event: dict, start: float, params, notes: dict) -> None:
+    """One event: where, how long, and what the visit recorded."""
+    leaves = jax.tree.leaves(get(params, event["path"]))
     if any(isinstance(x, jax.core.Tracer) for x in leaves):
         return
     jax.block_until_ready(leaves)
     seconds = round(time.perf_counter() - start, 4)
-    monitor.events.append(dict(step=label, path=path, seconds=seconds))
+    notes = {k: float(v) for k, v in notes.items()}
+    monitor.events.append(event | dict(seconds=seconds) | notes)
 
 
 class _Hidden:
@@ -138,7 +162,7 @@ class _Hidden:
 
     def __init__(self, config, params, batches, offload: bool):
         self.offload = offload
-        self.items = []
+        items = []
         for batch in batches:
             positions = batch.positions
             if positions is None:
@@ -146,7 +170,8 @@ class _Hidden:
                 positions = jnp.broadcast_to(steps, batch.tokens.shape)
             hidden = _embed(config, _embedding(params), batch.tokens, positions)
             rest = (positions, batch.segments, batch.weights)
-            self.items.append((self._kept(hidden), rest))
+            items.append((self._kept(hidden), rest))
+        self.items = tuple(items)
 
     def _kept(self, hidden):
         return np.asarray(hidden) if self.offload else hidden
@@ -154,7 +179,7 @@ class _Hidden:
     def collect(self, block, params, path, needs) -> dict[str, Stats]:
         """Sums over all batches, by the full path of the tap."""
         total: dict[str, Stats] = {}
-        for hidden, rest in self.items:
+        for hidden, rest in self.items if needs else ():
             total = _collect(block, needs, params, hidden, *rest, total)
         return {f"{path}.{tap}": found for tap, found in total.items()}
 
@@ -167,10 +192,10 @@ class _Hidden:
         return {"final": functools.reduce(Stats.__add__, found)} if found else {}
 
     def advance(self, block, params) -> None:
-        self.items = [
+        self.items = tuple(
             (self._kept(_forward(block, params, hidden, *rest)), rest)
             for hidden, rest in self.items
-        ]
+        )
 
 
 def _embedding(params: Params) -> Params:

@@ -1,0 +1,116 @@
+"""Allocation: which option each layer gets under one budget of measured bytes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.core import weights
+from jaxllm.core.compose import (
+    Context,
+    Pipeline,
+    Transform,
+    compress_each,
+    measured,
+    transform,
+)
+from jaxllm.core.model import Model, get
+from jaxllm.core.weights import materialize
+
+
+def allocate(losses, costs, budget: float | int, solver: str = "milp") -> list[int]:
+    """The option of each layer with the least total loss within the budget.
+
+    ``losses`` and ``costs`` are [layers, options]. ``milp`` is exact (SciPy's integer
+    program: one option per layer, sum of costs at most the budget); ``greedy`` starts
+    from the cheapest and takes the upgrade with the best gain per byte while one fits.
+
+    Raises:
+      ValueError: The cheapest options already exceed the budget.
+    """
+    losses, costs = np.asarray(losses, np.float64), np.asarray(costs, np.float64)
+    if solver not in ("greedy", "milp"):
+        raise ValueError(f"solver {solver!r}; accepted: 'greedy', 'milp'")
+    least = costs.min(1).sum()
+    if least > budget:
+        raise ValueError(
+            f"budget of {budget:,.0f} bytes; the smallest options take {least:,.0f}"
+        )
+    return (_milp if solver == "milp" else _greedy)(losses, costs, budget)
+
+
+def _greedy(losses, costs, budget) -> list[int]:
+    layers = np.arange(len(losses))
+    chosen = costs.argmin(1)
+    while True:
+        gain = losses[layers, chosen][:, None] - losses
+        extra = costs - costs[layers, chosen][:, None]
+        spare = budget - costs[layers, chosen].sum()
+        worth = np.where((gain > 0) & (extra <= spare), gain / np.maximum(extra, 1), 0)
+        if not (worth > 0).any():
+            return chosen.tolist()
+        layer, option = np.unravel_index(worth.argmax(), worth.shape)
+        chosen[layer] = option
+
+
+def _milp(losses, costs, budget) -> list[int]:
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    layers, options = losses.shape
+    one_each = np.kron(np.eye(layers), np.ones(options))
+    scale = max(float(np.abs(losses).max()), 1e-30)
+    found = milp(
+        losses.ravel() / scale,
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(costs.ravel()[None], -np.inf, budget),
+        ],
+        integrality=np.ones(losses.size),
+        bounds=Bounds(0, 1),
+    )
+    if found.x is None:
+        raise ValueError(f"no allocation found: {found.message}")
+    return found.x.reshape(layers, options).argmax(1).tolist()
+
+
+@transform
+def mixed(options, bits: float | int, solver: str = "milp"):
+    """Each weight gets one of several per-layer methods, within ``bits`` per weight.
+
+    The budget counts stored bytes of the selected weights. The loss of an option is
+    the layer's output error tr((W - V)T E[x xT] (W - V)) on the dense model's inputs.
+    Where only shapes are known (``plan``), the largest options that fit are taken.
+    """
+    pipelines = tuple(_pipeline(option) for option in options)
+
+    def run(model: Model, context: Context) -> Model:
+        paths = context.paths(model)
+        found = measured(model, context, paths, pipelines, _output_error)
+        losses = [[loss for loss, _ in found[path]] for path in paths]
+        costs = [[cost for _, cost in found[path]] for path in paths]
+        if any(isinstance(x, jax.core.Tracer) for row in losses for x in row):
+            losses = [[-cost for cost in row] for row in costs]
+        entries = sum(weights.size(get(model.params, f"{p}.weight")) for p in paths)
+        chosen = allocate(losses, costs, bits * entries / 8, solver)
+        each = {p: pipelines[i] for p, i in zip(paths, chosen, strict=True)}
+        return compress_each(model, context, each)
+
+    run.needs = ("gram",)
+    return run
+
+
+def _pipeline(option) -> Pipeline:
+    """The pipeline of a method that treats each weight by itself."""
+    body = option.call if isinstance(option, Transform) else None
+    found = getattr(getattr(body, "call", None), "pipeline", None)
+    if found is None:
+        raise TypeError(f"{option!r} is not a per-layer method")
+    return found
+
+
+@jax.jit
+def _output_error(w, made, stats):
+    """tr((W - V)T H (W - V)), summed over experts."""
+    delta = (materialize(w) - materialize(made)).astype(jnp.float32)
+    return (delta * (stats.gram.mean @ delta)).sum()

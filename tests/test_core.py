@@ -1,0 +1,224 @@
+"""Solvers, allocation and reconstruction against what they promise."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm import methods
+from jaxllm.core import weights
+from jaxllm.core.allocate import allocate
+from jaxllm.core.batch import Batch
+from jaxllm.core.compose import plan, transform
+from jaxllm.core.formats import Integer, normal_float
+from jaxllm.core.metrics import gram
+from jaxllm.core.model import History, Model, combine, partition, weight
+from jaxllm.core.patterns import Pattern
+from jaxllm.core.reconstruct import clipping, reconstruct
+from jaxllm.core.scales import Grid, absmax, half_quadratic, mse, power_of_two
+from jaxllm.core.solvers import nearest, obs, svd
+from jaxllm.core.stats import Stats
+from jaxllm.core.walk import Monitor
+from jaxllm.models import MLP, Attention, Layer, Transformer, init
+
+ROWS, OUT = 48, 20
+
+
+@pytest.fixture(scope="module")
+def layer():
+    """A weight and correlated inputs with a few strong channels."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    w = jax.random.normal(keys[0], (ROWS, OUT))
+    mix = jax.random.normal(keys[1], (ROWS, ROWS)) * jnp.exp(
+        jnp.linspace(-2, 1, ROWS)
+    )[None]
+    x = jax.random.normal(keys[2], (512, ROWS)) @ mix
+    return w, x, Stats.of(("gram", "moments", "absmax"), x)
+
+
+def error(x, w, made) -> float:
+    y = x @ w
+    return float(jnp.linalg.norm(x @ weights.materialize(made) - y) / jnp.linalg.norm(y))
+
+
+SETS = {
+    "int3": Grid(Integer(3), 16),
+    "int4 per output": Grid(Integer(4)),
+    "nf4": Grid(normal_float(4), 16),
+    "mx": Grid(Integer(4, True), 16, power_of_two(absmax())),
+    "searched": Grid(Integer(2), 16, mse()),
+    "2:4": Pattern(0.5, 4),
+    "half": Pattern(0.5),
+    "joint": Pattern(0.5, 16, joint=True),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_obs_is_better_than_nearest_at_equal_bytes(name, layer):
+    w, x, stats = layer
+    near, far = obs(SETS[name])(w, stats), nearest(SETS[name])(w, stats)
+    assert weights.nbytes(near) == weights.nbytes(far)
+    assert error(x, w, near) < error(x, w, far) * 0.97
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_statistics_add_up(name, layer):
+    """Two half batches give the solution of the whole."""
+    w, x, stats = layer
+    names = ("gram", "moments", "absmax")
+    halves = Stats.of(names, x[:256]) + Stats.of(names, x[256:])
+    whole = weights.materialize(obs(SETS[name])(w, stats))
+    again = weights.materialize(obs(SETS[name])(w, halves))
+    assert (jnp.abs(whole - again) > 1e-3).mean() < 0.02
+
+
+def test_gram_through_an_op_is_the_gram_of_the_outputs(layer):
+    _, x, stats = layer
+    op = weights.Hadamard(jnp.sign(x[0]))
+    through = stats.gram.through(op).total
+    expected = Stats.of(("gram",), op.apply(x)).gram.total
+    np.testing.assert_allclose(through, expected, rtol=2e-3, atol=0.05)
+
+
+def test_svd_in_the_gram_metric_is_optimal(layer):
+    """No matrix of the rank has a smaller output error: compare with the bound."""
+    w, x, stats = layer
+    made = svd(rank=6, metric=gram(1e-6))(w, stats)
+    y = np.float64(x) @ np.float64(w)
+    tail = np.linalg.svd(y, compute_uv=False)[6:]
+    bound = np.linalg.norm(tail) / np.linalg.norm(y)
+    assert bound <= error(x, w, made) < bound * 1.01
+    assert error(x, w, made) < error(x, w, svd(rank=6)(w, None))
+
+
+def test_half_quadratic_lowers_its_own_error():
+    w = jax.random.t(jax.random.key(3), 3.0, (64, 32))
+    plain = nearest(Grid(Integer(3), 32))(w, None)
+    fitted = nearest(Grid(Integer(3), 32, half_quadratic(), real_zero=True))(w, None)
+    loss = lambda made: (jnp.abs(w - made.materialize()) ** 0.7).sum()  # noqa: E731
+    assert loss(fitted) < loss(plain)
+
+
+def test_activation_order_helps_when_channels_differ(layer):
+    w, x, stats = layer
+    target = Grid(Integer(3), 16)
+    given, sorted_ = obs(target)(w, stats), obs(target, order="activation")(w, stats)
+    assert weights.nbytes(given) == weights.nbytes(sorted_)
+    assert error(x, w, sorted_) < error(x, w, given) * 1.1
+
+
+@pytest.mark.parametrize("solver", ("milp", "greedy"))
+def test_allocation_meets_the_budget(solver):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        costs = np.sort(rng.integers(1, 50, (4, 3)), 1)
+        losses = -np.sort(-rng.random((4, 3)), 1)
+        budget = int(rng.integers(costs.min(1).sum(), costs.max(1).sum() + 1))
+        chosen = allocate(losses, costs, budget, solver)
+        rows = range(4)
+        assert sum(costs[i, chosen[i]] for i in rows) <= budget
+        possible = [
+            sum(losses[i, c[i]] for i in rows)
+            for c in itertools.product(range(3), repeat=4)
+            if sum(costs[i, c[i]] for i in rows) <= budget
+        ]
+        ours = sum(losses[i, chosen[i]] for i in rows)
+        assert ours <= min(possible) + (1e-9 if solver == "milp" else 0.6)
+
+
+def test_an_impossible_budget_says_what_is_possible():
+    with pytest.raises(ValueError, match="budget of 10 bytes; the smallest.* take 12"):
+        allocate([[1.0], [1.0]], [[5], [7]], 10)
+
+
+@pytest.fixture(scope="module")
+def model():
+    layers = (Layer(Attention(4, 2, 8), MLP(32)),) * 2
+    return init(Transformer(64, 32, layers, init_std=0.3), jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def batches():
+    tokens = jax.random.randint(jax.random.key(1), (2, 4, 24), 0, 64)
+    return [Batch(t) for t in tokens]
+
+
+def test_mixed_precision_meets_its_budget_and_beats_one_width(model, batches):
+    spec = "mixed((rtn(2, 16), rtn(3, 16), rtn(4, 16)), bits=4.6)"
+    step = methods.parse(spec)
+    assert methods.parse(repr(step)) == step
+    small = step(model, batches)
+    paths = model.config.linears()
+    size = sum(weights.nbytes(weight(small, p)) for p in paths)
+    entries = sum(weights.size(weight(model, p)) for p in paths)
+    assert size * 8 / entries <= 4.6
+    widths = {weight(small, p).format.bits for p in paths}
+    assert len(widths) > 1
+    tokens = batches[0].tokens
+    drift = lambda m: float(jnp.abs(m(tokens) - model(tokens)).mean())  # noqa: E731
+    assert drift(small) < drift(methods.parse("rtn(3, 16)")(model))
+    planned = plan(step, model, batches)
+    assert sum(weights.nbytes(weight(planned, p)) for p in paths) * 8 / entries <= 4.6
+
+
+def test_mixed_refuses_what_is_not_per_layer(model, batches):
+    with pytest.raises(TypeError, match="not a per-layer method"):
+        methods.parse("mixed((quarot(),), bits=4)")
+    with pytest.raises(ValueError, match="smallest options"):
+        methods.parse("mixed((rtn(4, 16),), bits=2)")(model, batches)
+
+
+def test_learned_clipping_renders_what_it_optimised():
+    w = jax.random.normal(jax.random.key(2), (40, 12))
+    made = clipping(3, 16).call
+    theta = jax.tree.map(lambda t: t - 2.5, made.start(w, None, None))
+    soft, stored = made.soft(theta, w), made.render(theta, w)
+    np.testing.assert_allclose(soft, stored.materialize(), atol=2e-3)
+    slope = jax.grad(lambda t: (made.soft(t, w) ** 2).sum())(theta)
+    assert all(bool(jnp.any(g != 0)) for g in jax.tree.leaves(slope))
+
+
+def test_reconstruction_never_ends_above_its_start(model, batches):
+    @transform
+    def learned(epochs: int = 4, rate: float = 0.05):
+        """Learned clipping by reconstruction."""
+        return reconstruct(clipping(3, 16), epochs=epochs, rate=rate)
+
+    monitor = Monitor(progress=False)
+    small = learned()(model, batches, monitor=monitor)
+    errors = [(e["error_before"], e["error_after"]) for e in monitor.events]
+    assert len(errors) == 2 and all(after < before for before, after in errors)
+    assert weight(small, "layers.0.mlp.up").format == Integer(3)
+    wild = Monitor(progress=False)
+    learned(rate=50.0)(model, batches, monitor=wild)
+    assert all(e["error_after"] <= e["error_before"] for e in wild.events)
+
+
+def test_partition_and_combine_are_inverse(model):
+    adapted = methods.parse("lora(2)")(model)
+    mine, rest = partition(adapted, lambda path, leaf: ".terms.1." in f".{path}.")
+    count = len(jax.tree.leaves(mine))
+    assert count == 2 * len(model.config.linears())
+    whole = combine(mine, rest)
+    assert jax.tree.structure(whole) == jax.tree.structure(adapted)
+    jax.tree.map(np.testing.assert_array_equal, whole.params, adapted.params)
+
+
+def test_history_never_splits_a_trace(model):
+    """Two models that differ in history share one compilation."""
+    traces = []
+
+    @jax.jit
+    def run(m: Model):
+        traces.append(1)
+        return m.params["norm"]["scale"]
+
+    run(model)
+    run(model.replace(history=History(("something",), "elsewhere")))
+    assert len(traces) == 1
+    both = jax.tree.map(jnp.add, model, model.replace(history=History(("x",))))
+    assert both.history.specs == model.history.specs
