@@ -118,7 +118,8 @@ def row(name: str, spec: str, limit: int, found) -> dict:
     small = methods.parse(spec)(model, calibration, monitor=monitor) if spec else model
     jax.block_until_ready(small.params)
     seconds = time.perf_counter() - start
-    score = perplexity(small, tokenizer, list(texts), "documents", limit=limit, progress=False)
+    values = dict(limit=limit, progress=False)
+    score = perplexity(small, tokenizer, list(texts), "documents", **values)
     paths = model.config.linears()
     entries = sum(weights.size(weight(model, p)) for p in paths)
     size = sum(weights.nbytes(weight(small, p)) for p in paths)

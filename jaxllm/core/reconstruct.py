@@ -27,7 +27,7 @@ Theta = Any
 
 
 class Parametrization(NamedTuple):
-    """``start(w, stats, key)``, ``soft(theta, w)``, ``render(theta, w)``; w [in, out]."""
+    """``start(w, stats, key)``, ``soft(theta, w)`` and ``render(theta, w)``."""
 
     start: Callable[..., Theta]
     soft: Callable[..., jax.Array]
@@ -100,7 +100,8 @@ def reconstruct(parametrization, *, epochs: int = 10, rate: float = 5e-3):
             mine = tuple(p for p in paths if inside(p, block))
             ws = {p: _dense(params, p) for p in mine}
             start = parametrization.call.start
-            theta = {p: start(w, None, layer_key(context.key, p)) for p, w in ws.items()}
+            keys = {p: layer_key(context.key, p) for p in mine}
+            theta = {p: start(w, None, keys[p]) for p, w in ws.items()}
             plan = _Plan(parametrization, seen.block, block, epochs, rate)
             theta, errors = _learned(plan, theta, ws, get(params, block), seen.inputs)
             seen.record(error_before=errors[0], error_after=errors[1])

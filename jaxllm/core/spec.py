@@ -20,7 +20,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Expression:
-    """A named call: ``name(**arguments)``, and what it stands for (mostly a callable)."""
+    """A named call: ``name(**arguments)``, and the value (a callable) it stands for."""
 
     name: str
     arguments: tuple[tuple[str, Any], ...]

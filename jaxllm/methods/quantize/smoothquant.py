@@ -13,7 +13,7 @@ card = Card(
     claims=(
         Claim("smoothquant(0.5, bits=8)", "smoothquant(None, bits=8)", model="twin"),
     ),
-    composes="first; it only rescales, for other methods to follow, unless bits are given",
+    composes="first; it only rescales, for others to follow, unless bits are given",
 )
 
 
