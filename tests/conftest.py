@@ -24,6 +24,15 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import pytest  # noqa: E402
+from beartype import BeartypeConf, beartype  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
+# Shapes and types of what these are called with, in every test process; subprocesses
+# of tests run without it.
+if os.environ.get("JAXLLM_TYPECHECK", "1") != "0":
+    _CHECKED = ["jaxllm.core", "jaxllm.methods", "pallas_kernels"]
+    install_import_hook(_CHECKED, f"{__name__}.checked")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -7,6 +7,8 @@ import dataclasses
 import jax
 from jaxtyping import Array, Float, Int
 
+from jaxllm.core.arrays import Leaf
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Batch:
     and losses (0 ignores it). ``None`` means one document per row without padding.
     """
 
-    tokens: Int[Array, "batch length"]
-    segments: Int[Array, "batch length"] | None = None
-    positions: Int[Array, "batch length"] | None = None
-    weights: Float[Array, "batch length"] | None = None
+    tokens: Leaf[Int[Array, "batch length"]]
+    segments: Leaf[Int[Array, "batch length"] | None] = None
+    positions: Leaf[Int[Array, "batch length"] | None] = None
+    weights: Leaf[Float[Array, "batch length"] | None] = None

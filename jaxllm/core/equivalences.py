@@ -85,7 +85,7 @@ def searched(solve, steps: int = 20):
     return equivalence
 
 
-def fold(params: Params, site: Site, factor: Float[Array, "in"]) -> Params:
+def fold(params: Params, site: Site, factor: Float[Array, "*lead in"]) -> Params:
     """Parameters in which the site's input is multiplied by ``factor``.
 
     Consumers must be dense: a packed weight refuses, naming itself.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from statistics import NormalDist
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from jaxllm.core.arrays import Leaf
 from jaxllm.core.packing import pack, unpack
 
 TINY = 1e-12
@@ -29,7 +31,7 @@ class Integer:
     asymmetric ones take a zero point per block.
     """
 
-    bits: int
+    bits: int | Any  # text and files give anything: checked below
     symmetric: bool = False
 
     def __post_init__(self):
@@ -156,9 +158,9 @@ def parse_format(name: str | Format) -> Format:
 class Encoded:
     """Packed codes of activations with their scale and zero point (or None)."""
 
-    codes: tuple[Array, ...]
-    scale: Array
-    zero: Array | None
+    codes: Leaf[tuple[Array, ...]]
+    scale: Leaf[Array]
+    zero: Leaf[Array | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +171,7 @@ class ActivationFormat:
     ``block`` None means the whole last axis.
     """
 
-    bits: int
+    bits: int | Any  # text and files give anything: checked below
     symmetric: bool = True
     block: int | None = None
     clip: float = 1.0

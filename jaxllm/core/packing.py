@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 
-from jaxllm.core.ranks import to_rank
+from jaxllm.core.arrays import to_rank
 
-Planes = tuple[UInt8[Array, "... bytes"], ...]
+Planes = tuple[UInt8[Array, "... _"], ...]
 
 
 def parts(bits: int) -> tuple[int, ...]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxllm.core.arrays import to_rank
 from jaxllm.core.model import Model, Params, get, put, with_weight
-from jaxllm.core.ranks import to_rank
 from jaxllm.core.spec import expression
 from jaxllm.core.weights import Hadamard, PerHead, Transformed, compressed
 

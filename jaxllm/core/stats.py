@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxllm.core.arrays import Leaf
+
 _node = jax.tree_util.register_dataclass
 
 
@@ -22,8 +24,8 @@ _node = jax.tree_util.register_dataclass
 class Gram:
     """Sum of x xT and the number of tokens; the Hessian of a linear layer's error."""
 
-    total: Float[Array, "... in in"]
-    count: Float[Array, "..."]
+    total: Leaf[Float[Array, "... in in"]]
+    count: Leaf[Float[Array, "..."]]
 
     @classmethod
     def of(cls, x, weights) -> Gram:
@@ -48,7 +50,7 @@ class Gram:
 class AbsMax:
     """Largest magnitude of each input channel, [in]."""
 
-    value: Float[Array, "... in"]
+    value: Leaf[Float[Array, "... in"]]
 
     @classmethod
     def of(cls, x, weights) -> AbsMax:
@@ -68,10 +70,10 @@ class AbsMax:
 class Moments:
     """Sums of |x|, x and x^2 per channel [in], and the number of tokens."""
 
-    absolute: Float[Array, "... in"]
-    first: Float[Array, "... in"]
-    second: Float[Array, "... in"]
-    count: Float[Array, "..."]
+    absolute: Leaf[Float[Array, "... in"]]
+    first: Leaf[Float[Array, "... in"]]
+    second: Leaf[Float[Array, "... in"]]
+    count: Leaf[Float[Array, "..."]]
 
     @classmethod
     def of(cls, x, weights) -> Moments:
@@ -110,7 +112,7 @@ class Moments:
 class Histogram:
     """Counts of log2|x| over fixed edges (eighths of an octave, 2^-16 to 2^16)."""
 
-    counts: Float[Array, "... bins"]
+    counts: Leaf[Float[Array, "... bins"]]
 
     BINS = 256
     STEP = 8

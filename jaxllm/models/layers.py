@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core import weights
-from jaxllm.core.ranks import to_rank
+from jaxllm.core.arrays import to_rank
 from jaxllm.core.stats import Stats
 from jaxllm.models.config import Norm as NormConfig
 from jaxllm.models.config import Rope, RopeScaling

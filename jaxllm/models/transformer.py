@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.core import weights
+from jaxllm.core.arrays import to_rank
 from jaxllm.core.model import Model, Params, Residual, Site, get
-from jaxllm.core.ranks import to_rank
 from jaxllm.models.attention import Attention
 from jaxllm.models.cache import LayerCache
 from jaxllm.models.config import MLP as MLPConfig

@@ -8,13 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxllm.core.arrays import static, to_rank
 from jaxllm.core.formats import ActivationFormat, Integer
-from jaxllm.core.ranks import to_rank
 from jaxllm.core.weights import base
-from jaxllm.core.weights.base import Weight
+from jaxllm.core.weights.base import Names, Weight
 from jaxllm.core.weights.quantized import Quantized
-
-_static = dict(metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +26,7 @@ class ActivationQuantized(Weight):
     """
 
     inner: Any
-    format: ActivationFormat = dataclasses.field(**_static)
+    format: ActivationFormat = static()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -75,7 +73,7 @@ class ActivationQuantized(Weight):
         inner = base.refine(self.inner, solve, stats, support)
         return dataclasses.replace(self, inner=inner)
 
-    def axes(self, names: tuple[str, str]):
+    def axes(self, names: Names):
         inner = self.inner
         inner = inner.axes(names) if isinstance(inner, Weight) else names
         return dataclasses.replace(self, inner=inner)

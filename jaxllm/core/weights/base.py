@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 Solve = Callable[..., Any]
+Names = tuple[str | None, str | None]  # logical axes of [in, out]
 
 
 class Weight(abc.ABC):
@@ -28,7 +29,7 @@ class Weight(abc.ABC):
         """The dense array that this weight stands for."""
 
     @abc.abstractmethod
-    def axes(self, names: tuple[str, str]):
+    def axes(self, names: Names):
         """The same type with, for each leaf, its logical axis names (a tuple)."""
 
     def dot(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:

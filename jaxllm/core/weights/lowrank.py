@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxllm.core.arrays import static
 from jaxllm.core.weights import base
-from jaxllm.core.weights.base import Weight
-
-_static = dict(metadata=dict(static=True))
+from jaxllm.core.weights.base import Names, Weight
 
 
 @jax.tree_util.register_dataclass
@@ -22,7 +21,7 @@ class LowRank(Weight):
 
     first: Any
     second: Any
-    gain: float = dataclasses.field(default=1.0, **_static)
+    gain: float = static(1.0)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,7 +43,7 @@ class LowRank(Weight):
         y = base.dot(base.dot(x, self.first), self.second)
         return y * jnp.asarray(self.gain, y.dtype)
 
-    def axes(self, names: tuple[str, str]) -> LowRank:
+    def axes(self, names: Names) -> LowRank:
         first = _axes(self.first, (names[0], None))
         return dataclasses.replace(
             self, first=first, second=_axes(self.second, (None, names[1]))
@@ -82,7 +81,7 @@ class Sum(Weight):
         main = base.refine(self.terms[0], solve, stats, support)
         return Sum((main, *self.terms[1:]))
 
-    def axes(self, names: tuple[str, str]) -> Sum:
+    def axes(self, names: Names) -> Sum:
         return Sum(tuple(_axes(t, names) for t in self.terms))
 
 
@@ -107,7 +106,7 @@ class Trainable(Weight):
     def dot(self, x):
         return base.dot(x, self.inner)
 
-    def axes(self, names: tuple[str, str]) -> Trainable:
+    def axes(self, names: Names) -> Trainable:
         return Trainable(_axes(self.inner, names))
 
 
@@ -118,5 +117,5 @@ def merge(w):
     return w
 
 
-def _axes(w, names: tuple[str, str]):
+def _axes(w, names: Names):
     return w.axes(names) if isinstance(w, Weight) else names

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from jaxllm.core.arrays import Leaf, static
 from jaxllm.core.formats import Format
 from jaxllm.core.packing import pack, unpack
-from jaxllm.core.weights.base import Weight, materialize
-
-_static = dict(metadata=dict(static=True))
+from jaxllm.core.weights.base import Names, Weight, materialize
 
 
 @jax.tree_util.register_dataclass
@@ -28,14 +27,14 @@ class Quantized(Weight):
     inside ``Sparse``, which keeps the codes of its non-zeros.
     """
 
-    planes: tuple[UInt8[Array, "*lead out bytes"], ...]
+    planes: Leaf[tuple[UInt8[Array, "*lead out _"], ...]]
     scale: Any
-    zero: Array | None
-    format: Format = dataclasses.field(**_static)
-    block: int | None = dataclasses.field(**_static)
-    features: int = dataclasses.field(**_static)
-    dtype: str = dataclasses.field(default="float32", **_static)
-    stored: int | None = dataclasses.field(default=None, **_static)
+    zero: Leaf[Array | None]
+    format: Format = static()
+    block: int | None = static()
+    features: int = static()
+    dtype: str = static("float32")
+    stored: int | None = static(None)
 
     @classmethod
     def encode(cls, values, scale, zero, format: Format, block, dtype) -> Quantized:
@@ -80,7 +79,7 @@ class Quantized(Weight):
         )
         return mine.decode(mine.codes()).astype(self.dtype)
 
-    def axes(self, names: tuple[str, str]) -> Quantized:
+    def axes(self, names: Names) -> Quantized:
         inner, outer = names
         blocks = (outer, None if self.block is None else inner)
         scale = self.scale

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, UInt8
 
+from jaxllm.core.arrays import Leaf, static
 from jaxllm.core.packing import pack, unpack
-from jaxllm.core.weights.base import Weight
+from jaxllm.core.weights.base import Names, Weight
 from jaxllm.core.weights.quantized import Quantized
-
-_static = dict(metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
@@ -27,11 +26,11 @@ class Sparse(Weight):
     are so laid out while its scales keep their dense blocks.
     """
 
-    mask: UInt8[Array, "*lead out bytes"]
+    mask: Leaf[UInt8[Array, "*lead out _"]]
     values: Any
-    features: int = dataclasses.field(**_static)
-    dtype: str = dataclasses.field(default="float32", **_static)
-    pattern: str = dataclasses.field(default="mask", **_static)
+    features: int = static()
+    dtype: str = static("float32")
+    pattern: str = static("mask")
 
     @classmethod
     def of(cls, dense, support: Bool[Array, "*lead in out"], kept: int, pattern: str):
@@ -85,7 +84,7 @@ class Sparse(Weight):
             raise TypeError(f"a {name} cannot be stored on a sparse mask")
         return Sparse.of(made, mine, kept, self.pattern)
 
-    def axes(self, names: tuple[str, str]) -> Sparse:
+    def axes(self, names: Names) -> Sparse:
         """A mask with one total cannot be split: its values have no axis names."""
         outer = names[1]
         whole = self.pattern == "mask"

@@ -13,12 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxllm.core.arrays import Leaf, static, to_rank
 from jaxllm.core.hadamard import hadamard_matrix, hadamard_transform
-from jaxllm.core.ranks import to_rank
 from jaxllm.core.weights import base
-from jaxllm.core.weights.base import Weight
-
-_static = dict(metadata=dict(static=True))
+from jaxllm.core.weights.base import Names, Weight
 
 
 @jax.tree_util.register_dataclass
@@ -26,7 +24,7 @@ _static = dict(metadata=dict(static=True))
 class Scale:
     """x * factor per channel [in]."""
 
-    factor: Float[Array, "*lead in"]
+    factor: Leaf[Float[Array, "*lead in"]]
     diagonal = True
 
     def apply(self, x):
@@ -35,7 +33,7 @@ class Scale:
     def inverse(self, x):
         return x / to_rank(self.factor, x.ndim).astype(x.dtype)
 
-    def axes(self, name: str) -> Scale:
+    def axes(self, name: str | None) -> Scale:
         return Scale((name,))
 
 
@@ -48,9 +46,9 @@ class Hadamard:
     axis is [heads, group] and the transform runs over heads.
     """
 
-    signs: Float[Array, "*lead in"] | None = None
-    order: int | None = dataclasses.field(default=None, **_static)
-    group: int = dataclasses.field(default=1, **_static)
+    signs: Leaf[Float[Array, "*lead in"] | None] = None
+    order: int | None = static(None)
+    group: int = static(1)
     diagonal = False
 
     def apply(self, x):
@@ -72,7 +70,7 @@ class Hadamard:
         mixed = run(jnp.swapaxes(heads, -1, -2))
         return jnp.swapaxes(mixed, -1, -2).reshape(x.shape)
 
-    def axes(self, name: str) -> Hadamard:
+    def axes(self, name: str | None) -> Hadamard:
         return dataclasses.replace(self, signs=None if self.signs is None else (None,))
 
 
@@ -87,7 +85,7 @@ class PerHead:
     """An op on each head of the last axis [heads * dim]."""
 
     op: Any
-    dim: int = dataclasses.field(**_static)
+    dim: int = static()
     diagonal = False
 
     def apply(self, x):
@@ -97,7 +95,7 @@ class PerHead:
         heads = x.reshape(*x.shape[:-1], -1, self.dim)
         return self.op.inverse(heads).reshape(x.shape)
 
-    def axes(self, name: str) -> PerHead:
+    def axes(self, name: str | None) -> PerHead:
         return dataclasses.replace(self, op=self.op.axes(None))
 
 
@@ -106,7 +104,7 @@ class PerHead:
 class Orthogonal:
     """x M with an orthogonal matrix M [in, in]."""
 
-    matrix: Float[Array, "*lead in in"]
+    matrix: Leaf[Float[Array, "*lead in in"]]
     diagonal = False
 
     def apply(self, x):
@@ -115,7 +113,7 @@ class Orthogonal:
     def inverse(self, x):
         return x @ self.matrix.T.astype(x.dtype)
 
-    def axes(self, name: str) -> Orthogonal:
+    def axes(self, name: str | None) -> Orthogonal:
         return Orthogonal((None, None))
 
 
@@ -124,7 +122,7 @@ class Orthogonal:
 class Permutation:
     """x[..., order]: channels in another order [in]."""
 
-    order: Int[Array, "*lead in"]
+    order: Leaf[Int[Array, "*lead in"]]
     diagonal = False
 
     def apply(self, x):
@@ -133,7 +131,7 @@ class Permutation:
     def inverse(self, x):
         return jnp.take(x, jnp.argsort(self.order), axis=-1)
 
-    def axes(self, name: str) -> Permutation:
+    def axes(self, name: str | None) -> Permutation:
         return Permutation((None,))
 
 
@@ -173,7 +171,7 @@ class Transformed(Weight):
         inner = base.refine(self.inner, solve, seen, None)
         return dataclasses.replace(self, inner=inner)
 
-    def axes(self, names: tuple[str, str]) -> Transformed:
+    def axes(self, names: Names) -> Transformed:
         inner = self.inner
         inner = inner.axes(names) if isinstance(inner, Weight) else names
         return Transformed(self.op.axes(names[0]), inner)

@@ -1,0 +1,28 @@
+"""What annotations say of arrays in pytrees, and how arrays of two ranks meet."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar, Union
+
+import jax
+import jax.numpy as jnp
+
+Held = TypeVar("Held")
+# A field of a pytree: the stated array, or what stands for it in a tree operation
+# (a name, a shape, a sharding, None).
+Leaf = Union[Held, Any]  # noqa: UP007  a generic alias must be written so
+
+
+def static(default: Any = dataclasses.MISSING) -> Any:
+    """A field of a pytree dataclass that belongs to its structure."""
+    return dataclasses.field(default=default, metadata=dict(static=True))
+
+
+def to_rank(x: jax.Array, ndim: int) -> jax.Array:
+    """``x`` with leading axes of length one up to ``ndim`` axes.
+
+    >>> to_rank(jnp.zeros(3), 2).shape
+    (1, 3)
+    """
+    return jnp.expand_dims(x, tuple(range(ndim - x.ndim)))
