@@ -130,8 +130,9 @@ def row(name: str, spec: str, limit: int, found) -> dict:
         linear_bytes=size,
         bits_per_weight=8 * size / entries,
         seconds=round(seconds, 2),
-        walk=[e for e in monitor.events if e["step"] != "plan"],
+        walk=monitor.events,
         calibration=calibration.spec,
+        commit=environment()["commit"],
     )
 
 
