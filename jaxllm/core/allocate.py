@@ -16,6 +16,7 @@ from jaxllm.core.compose import (
     transform,
 )
 from jaxllm.core.model import Model, get
+from jaxllm.core.spec import marked
 from jaxllm.core.weights import materialize
 
 
@@ -96,8 +97,7 @@ def mixed(options, bits: float | int, solver: str = "milp"):
         each = {p: pipelines[i] for p, i in zip(paths, chosen, strict=True)}
         return compress_each(model, context, each)
 
-    run.needs = ("gram",)
-    return run
+    return marked(run, needs=("gram",))
 
 
 def _pipeline(option) -> Pipeline:

@@ -87,12 +87,16 @@ def parse(text: str, resolve: Callable[[str], Callable]):
 
     def value(node):
         match node:
-            case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
-                given = {k.arg: value(k.value) for k in keywords}
+            case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if all(
+                k.arg for k in keywords
+            ):
+                given = {k.arg: value(k.value) for k in keywords if k.arg}
                 return resolve(name)(*map(value, args), **given)
             case ast.Constant(value=constant):
                 return constant
-            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=number)):
+            case ast.UnaryOp(
+                op=ast.USub(), operand=ast.Constant(value=int() | float() as number)
+            ):
                 return -number
             case ast.Tuple(elts=items) | ast.List(elts=items):
                 return tuple(map(value, items))

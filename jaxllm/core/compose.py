@@ -17,8 +17,8 @@ from jaxllm.core import weights
 from jaxllm.core.equivalences import fold
 from jaxllm.core.formats import ActivationFormat
 from jaxllm.core.model import Model, Site, get, layer_key, put, select
-from jaxllm.core.spec import Expression, expression, walk_expressions
-from jaxllm.core.stats import Stats
+from jaxllm.core.spec import Expression, expression, marked, walk_expressions
+from jaxllm.core.stats import abstract_stats
 from jaxllm.core.walk import Monitor, Seen, walk
 from jaxllm.core.weights import ActivationQuantized, Sum, materialize, refine
 
@@ -153,9 +153,8 @@ class Pipeline:
 
     def _dense(self, key, dense, stats, support):
         if self.split is None:
-            return (
-                dense if self.solve is None else self.solve(dense, stats, key, support)
-            )
+            solve = self.solve
+            return dense if solve is None else solve(dense, stats, key, support)
         kept = self.split(dense, stats, key)
         rest = dense - materialize(kept).astype(dense.dtype)
         main = rest if self.solve is None else self.solve(rest, stats, key, support)
@@ -171,8 +170,7 @@ def compress(solve=None, *, split=None, correct=None, activations=None):
         paths = context.paths(model)
         return compress_each(model, context, dict.fromkeys(paths, pipeline))
 
-    run.pipeline = pipeline
-    return run
+    return marked(run, pipeline=pipeline)
 
 
 def compress_each(model: Model, context: Context, each: dict[str, Pipeline]) -> Model:
@@ -192,8 +190,15 @@ def compress_each(model: Model, context: Context, each: dict[str, Pipeline]) -> 
         return params
 
     wants = lambda block: any(inside(p, block) for p in each)  # noqa: E731
-    values = dict(label="compress", monitor=context.monitor, wants=wants)
-    return walk(model, context.calibration, needs, visit, **values)
+    return walk(
+        model,
+        context.calibration,
+        needs,
+        visit,
+        label="compress",
+        monitor=context.monitor,
+        wants=wants,
+    )
 
 
 def total_needs(pipelines) -> tuple[str, ...]:
@@ -220,8 +225,15 @@ def measured(model: Model, context: Context, paths, pipelines, loss) -> dict:
 
     wants = lambda block: any(inside(p, block) for p in paths)  # noqa: E731
     silent = Monitor(progress=context.monitor is not None and context.monitor.progress)
-    values = dict(label="measure", monitor=silent, wants=wants)
-    walk(model, context.calibration, needs, visit, **values)
+    walk(
+        model,
+        context.calibration,
+        needs,
+        visit,
+        label="measure",
+        monitor=silent,
+        wants=wants,
+    )
     return found
 
 
@@ -265,22 +277,12 @@ def _check_fit(pipeline: Pipeline, model: Model, paths) -> None:
         seen.add(signature)
         dense = jax.eval_shape(materialize, w)
         needs = pipeline.needs
-        stats = _abstract_stats(needs, dense.shape) if needs else None
+        stats = abstract_stats(needs, dense.shape) if needs else None
+        run = functools.partial(_solved, pipeline)
         try:
-            jax.eval_shape(
-                functools.partial(_solved, pipeline), w, stats, jax.random.key(0)
-            )
+            jax.eval_shape(run, w, stats, jax.random.key(0))
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path}: {error}") from None
-
-
-def _abstract_stats(needs, shape):
-    x = jax.ShapeDtypeStruct((1, shape[-2]), jnp.float32)
-    of = lambda x: Stats.of(needs, x)  # noqa: E731
-    for _ in shape[:-2]:
-        of = jax.vmap(of)
-        x = jax.ShapeDtypeStruct((shape[0], *x.shape), x.dtype)
-    return jax.eval_shape(of, x)
 
 
 @expression
@@ -313,8 +315,15 @@ def rescale(equivalence, *, sites: str = "all"):
             return params
 
         wants = lambda b: any(inside(s.consumers[0], b) for s in found)  # noqa: E731
-        values = dict(label="rescale", monitor=context.monitor, wants=wants)
-        return walk(model, context.calibration, equivalence.needs, visit, **values)
+        return walk(
+            model,
+            context.calibration,
+            equivalence.needs,
+            visit,
+            label="rescale",
+            monitor=context.monitor,
+            wants=wants,
+        )
 
     return run
 
@@ -348,8 +357,7 @@ def cached(format: ActivationFormat, *, rotate: bool = False):
     def run(model: Model, context: Context) -> Model:
         return model.replace(config=model.config.with_cache(format, rotate))
 
-    run.whole = True
-    return run
+    return marked(run, whole=True)
 
 
 @transform

@@ -90,7 +90,7 @@ def fold(params: Params, site: Site, factor: Float[Array, "*lead in"]) -> Params
 
     Consumers must be dense: a packed weight refuses, naming itself.
     """
-    online = site.producer is None or not site.exclusive
+    producer = site.producer if site.exclusive else None
     for path in site.consumers:
         w = get(params, f"{path}.weight")
         if weights.compressed(w):
@@ -98,19 +98,20 @@ def fold(params: Params, site: Site, factor: Float[Array, "*lead in"]) -> Params
                 f"{path} is {type(w).__name__}: rescale before compressing it"
             )
         changed = (w.astype(jnp.float32) / factor[..., :, None]).astype(w.dtype)
-        if online:
+        if producer is None:
             changed = weights.Transformed(weights.Scale(factor), changed)
         params = put(params, f"{path}.weight", changed)
-    return params if online else _into_producer(params, site, factor)
+    return params if producer is None else _into(params, producer, site, factor)
 
 
-def _into_producer(params: Params, site: Site, factor) -> Params:
-    group = get(params, site.producer)
+def _into(params: Params, producer: str, site: Site, factor) -> Params:
+    """The producer's outputs multiplied by the factor."""
+    group = get(params, producer)
     if site.kind == "linear":
         kept = _producer_channels(site, factor)
         w = group["weight"]
         if weights.compressed(w):
-            raise TypeError(f"{site.producer} is {type(w).__name__}: rescale first")
+            raise TypeError(f"{producer} is {type(w).__name__}: rescale first")
         changed = {"weight": _times(w, kept[..., None, :])}
     else:
         kept, one = factor, float(site.kind == "norm_plus_one")
@@ -119,7 +120,7 @@ def _into_producer(params: Params, site: Site, factor) -> Params:
         changed = {"scale": wide.astype(scale.dtype)}
     if "bias" in group:
         changed["bias"] = _times(group["bias"], kept)
-    return put(params, site.producer, group | changed)
+    return put(params, producer, group | changed)
 
 
 def _times(x, factor):

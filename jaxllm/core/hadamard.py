@@ -145,9 +145,9 @@ def _williamson_rows(n: int) -> tuple[np.ndarray, ...] | None:
     sums = spectra[one] + spectra[two]
     table = {key.tobytes(): i for i, key in enumerate(np.rint(sums * 64).astype(int))}
     wanted = np.rint((4 * n - sums) * 64).astype(int)
-    for i in np.flatnonzero((sums <= 4 * n + 1e-6).all(1)):
-        if (j := table.get(wanted[i].tobytes())) is not None:
-            return rows[one[i]], rows[two[i]], rows[one[j]], rows[two[j]]
+    for a in np.flatnonzero((sums <= 4 * n + 1e-6).all(1)):
+        if (b := table.get(wanted[a].tobytes())) is not None:
+            return rows[one[a]], rows[two[a]], rows[one[b]], rows[two[b]]
     return None
 
 

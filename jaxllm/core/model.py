@@ -220,7 +220,7 @@ def partition(model: Model, trainable: Callable[[str, Any], bool]):
     leaves = [leaf for _, leaf in flat]
     mine = [x if c else None for x, c in zip(leaves, chosen, strict=True)]
     rest = [None if c else x for x, c in zip(leaves, chosen, strict=True)]
-    return tree.unflatten(mine), tree.unflatten(rest)
+    return jax.tree.unflatten(tree, mine), jax.tree.unflatten(tree, rest)
 
 
 def combine(trainable: Model, frozen: Model) -> Model:

@@ -36,7 +36,7 @@ class Pattern:
 
     def check(self, count: int) -> None:
         """Raise when ``count`` inputs do not divide into N:M blocks."""
-        if self.structured and count % self.block:
+        if self.structured and self.block and count % self.block:
             raise ValueError(
                 f"{count} inputs do not divide into blocks of {self.block} ({self})"
             )
@@ -78,7 +78,7 @@ class Pattern:
         return Sparse.of(values.astype(dtype), mask, self.kept(count, out), name)
 
     def __str__(self) -> str:
-        if self.structured:
+        if self.structured and self.block:
             return f"{self._keep(self.block)}:{self.block}"
         return f"{self.density:g}"
 

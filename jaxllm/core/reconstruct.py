@@ -20,7 +20,7 @@ from jaxllm.core.compose import Context, inside
 from jaxllm.core.formats import TINY, Integer
 from jaxllm.core.model import Model, get, layer_key, put
 from jaxllm.core.scales import Grid, group_of
-from jaxllm.core.spec import expression
+from jaxllm.core.spec import expression, marked
 from jaxllm.core.walk import Seen, walk
 
 Theta = Any
@@ -111,11 +111,18 @@ def reconstruct(parametrization, *, epochs: int = 10, rate: float = 5e-3):
             return params
 
         wants = lambda block: any(inside(p, block) for p in paths)  # noqa: E731
-        values = dict(label="reconstruct", monitor=context.monitor, wants=wants)
-        return walk(model, context.calibration, (), visit, inputs=True, **values)
+        return walk(
+            model,
+            context.calibration,
+            (),
+            visit,
+            inputs=True,
+            label="reconstruct",
+            monitor=context.monitor,
+            wants=wants,
+        )
 
-    run.needs = ("inputs",)
-    return run
+    return marked(run, needs=("inputs",))
 
 
 def _dense(params, path: str):

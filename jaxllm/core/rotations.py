@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxllm.core.arrays import to_rank
 from jaxllm.core.model import Model, Params, get, put, with_weight
-from jaxllm.core.spec import expression
+from jaxllm.core.spec import expression, marked
 from jaxllm.core.weights import Hadamard, PerHead, Transformed, compressed
 
 
@@ -159,5 +159,4 @@ def hadamard_rotation(online: bool = True):
         model = rotate_residual(model, signed_hadamard(context.key, model.config.width))
         return rotate_hidden(rotate_values(model)) if online else model
 
-    run.whole = True
-    return run
+    return marked(run, whole=True)

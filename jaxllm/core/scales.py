@@ -167,17 +167,18 @@ class Grid:
 
     def pack(self, values: Float[Array, "in out"], params, support, dtype) -> Quantized:
         """The stored weight; ``params`` are [groups, out]."""
-        scale, zero = (None if p is None else p.T for p in params)
-        zero = None if zero is None else zero.astype(self._zero_dtype)
-        stored = scale.astype(jnp.bfloat16)
-        if self.scale_format is not None:
-            stored = self._double(scale)
+        scale, zero = params
+        zero = None if zero is None else zero.T.astype(self._zero_dtype)
+        if self.scale_format is None:
+            stored = scale.T.astype(jnp.bfloat16)
+        else:
+            stored = self._double(scale.T, self.scale_format)
         return Quantized.encode(values.T, stored, zero, self.format, self.block, dtype)
 
-    def _double(self, scale) -> Quantized:
+    def _double(self, scale, format: Format) -> Quantized:
         """Scales [out, groups] as one line of codes with scales of their own."""
         line = scale.reshape(-1, 1)
-        inner = Grid(self.scale_format, self.scale_block)
+        inner = Grid(format, self.scale_block)
         params = fit_all(inner, line, jnp.ones(len(line)), None)
         return inner.pack(line, params, None, "float32")
 

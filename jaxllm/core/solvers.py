@@ -101,7 +101,7 @@ def svd(rank: int | None = None, ratio: float | None = None, metric=metrics.iden
 def resolve_rank(shape: tuple[int, int], rank: int | None, ratio: float | None) -> int:
     """The rank, checked against the shape [in, out]."""
     if rank is None:
-        if not 0 < ratio <= 1:
+        if ratio is None or not 0 < ratio <= 1:
             raise ValueError(f"ratio {ratio}; accepted: 0 < ratio <= 1")
         rank = max(1, int(ratio * shape[0] * shape[1] / sum(shape)))
     if not 1 <= rank <= min(shape):

@@ -151,9 +151,15 @@ def find_class(qualified: str) -> type:
     if module.partition(".")[0] not in ("jaxllm", "pallas_kernels"):
         raise ValueError(f"refused to load {qualified!r}: not a class of this package")
     found = getattr(importlib.import_module(module), name, None)
-    if not dataclasses.is_dataclass(found):
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
         raise ValueError(f"{qualified!r} is not a known config or weight class")
     return found
+
+
+def marked(body: Callable, **marks) -> Callable:
+    """A closure with what others may read of it: ``needs``, ``whole`` ..."""
+    vars(body).update(marks)
+    return body
 
 
 def walk_expressions(value) -> Iterator[Expression]:

@@ -77,9 +77,8 @@ class Moments:
 
     @classmethod
     def of(cls, x, weights) -> Moments:
-        w = weights[:, None]
-        sums = ((v * w).sum(0) for v in (jnp.abs(x), x, x * x))
-        return cls(*sums, weights.sum())
+        total = lambda v: (v * weights[:, None]).sum(0)  # noqa: E731
+        return cls(total(jnp.abs(x)), total(x), total(x * x), weights.sum())
 
     def __add__(self, other: Moments) -> Moments:
         return jax.tree.map(jnp.add, self, other)
@@ -139,7 +138,9 @@ class Histogram:
         return 2.0 ** (self.LOW + index / self.STEP)
 
 
-KINDS = dict(gram=Gram, absmax=AbsMax, moments=Moments, histogram=Histogram)
+KINDS: dict[str, Any] = dict(
+    gram=Gram, absmax=AbsMax, moments=Moments, histogram=Histogram
+)
 
 
 @_node
@@ -186,3 +187,13 @@ class Stats:
         if name in items:
             return items[name]
         raise AttributeError(f"statistic {name!r} was not collected; have {[*items]}")
+
+
+def abstract_stats(needs: tuple[str, ...], shape: tuple[int, ...]) -> Stats:
+    """Shapes of the statistics in front of a weight [..., in, out]."""
+    x = jax.ShapeDtypeStruct((1, shape[-2]), jnp.float32)
+    of = lambda x: Stats.of(needs, x)  # noqa: E731
+    for _ in shape[:-2]:
+        of = jax.vmap(of)
+        x = jax.ShapeDtypeStruct((shape[0], *x.shape), x.dtype)
+    return jax.eval_shape(of, x)

@@ -168,4 +168,4 @@ def _as_key(words, implementation: str):
     """A typed key again; what is no array (a shape, a name) stays as it is."""
     if not isinstance(words, jax.Array | np.ndarray):
         return words
-    return jax.random.wrap_key_data(words, impl=implementation)
+    return jax.random.wrap_key_data(jnp.asarray(words), impl=implementation)

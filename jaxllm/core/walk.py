@@ -23,7 +23,6 @@ from jaxllm.core.model import Model, Params, get, put
 from jaxllm.core.stats import Stats
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Seen:
     """What a visit sees of a block besides the parameters.
@@ -115,7 +114,8 @@ def walk(
     last = max((i for i, (path, _) in enumerate(blocks) if wants(path)), default=-1)
     for i, (path, block) in enumerate(monitor.track(blocks, label, len(blocks))):
         if wants(path):
-            start, notes = time.perf_counter(), {}
+            start = time.perf_counter()
+            notes: dict[str, Any] = {}
 
             def make(params, path=path, block=block, notes=notes):
                 stats = states.collect(block, get(params, path), path, needs)

@@ -21,8 +21,12 @@ class Weight(abc.ABC):
     are logical: [in, out] without leading axes, and what ``materialize`` returns.
     """
 
-    shape: tuple[int, int]
     dtype: Any
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """Logical [in, out]."""
 
     @abc.abstractmethod
     def materialize(self) -> Float[Array, "*lead in out"]:
@@ -58,7 +62,8 @@ class Weight(abc.ABC):
 
 def shape(w) -> tuple[int, int]:
     """Logical [in, out] of one map."""
-    return tuple(w.shape) if isinstance(w, Weight) else tuple(w.shape[-2:])
+    rows, out = w.shape[-2:]
+    return rows, out
 
 
 def materialize(w) -> Float[Array, "*lead in out"]:
