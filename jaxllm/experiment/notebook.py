@@ -6,12 +6,12 @@ from jax.sharding import Mesh
 
 from jaxllm import checkpoint, methods
 from jaxllm import evaluate as _evaluate
-from jaxllm.generation import generate as _generate
 from jaxllm.core.model import History, Model
 from jaxllm.data.calibration import Calibration
 from jaxllm.data.calibration import calibrate as _calibrate
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.experiment.sources import open_model, open_tokenizer
+from jaxllm.generation import generate as _generate
 
 
 def load(uri: str, dtype: str = "float32") -> Model:
