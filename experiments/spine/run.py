@@ -94,13 +94,18 @@ EXPECTED = [
 ]
 
 
+def data_folder() -> Path:
+    """Where the stories260K files and texts are."""
+    return Path(os.environ.get("JAXLLM_DATA", HERE.parents[2] / "shared/data"))
+
+
 def ground(name: str):
     """(model, tokenizer, calibration, held-out texts) of a test model."""
     if name == "builtin":
         model, tokenizer = hub.load_builtin(), load_tokenizer("builtin:tiny")
         source = "builtin:"
     else:
-        data = Path(os.environ.get("JAXLLM_DATA", HERE.parents[2] / "shared/data"))
+        data = data_folder()
         folder = data / "models/stories260K"
         model = hub.load_llama2c(folder / "stories260K.bin")
         tokenizer = load_tokenizer(folder / "tok512.bin")
@@ -134,6 +139,11 @@ def row(name: str, spec: str, limit: int, found) -> dict:
         calibration=calibration.spec,
         commit=environment()["commit"],
     )
+
+
+def without_folder(made: dict) -> dict:
+    """The row with the data folder's name in place of its path on this machine."""
+    return json.loads(json.dumps(made).replace(str(data_folder()), "JAXLLM_DATA"))
 
 
 def checks(rows: list[dict]) -> list[dict]:
@@ -204,7 +214,7 @@ def main() -> None:
         for spec in ("", *WEIGHT_ONLY, *OTHER):
             if (name, spec or "float32") in rows:
                 continue
-            made = row(name, spec, options.limit, found)
+            made = without_folder(row(name, spec, options.limit, found))
             rows[name, made["spec"]] = made
             print(name, made["spec"], f"{made['nll']:.4f}", made["seconds"], flush=True)
             every = [*rows.values()]
