@@ -25,5 +25,6 @@ def export(uri: str, folder: str, dense: bool = False) -> None:
 def expanded(model: Model) -> Model:
     """The same function with every weight as a dense array."""
     is_weight = lambda node: isinstance(node, weights.Weight)  # noqa: E731
-    params = jax.tree.map(weights.materialize, model.params, is_leaf=is_weight)
+    dense = lambda node: node.materialize() if is_weight(node) else node  # noqa: E731
+    params = jax.tree.map(dense, model.params, is_leaf=is_weight)
     return model.replace(params=params)

@@ -12,7 +12,6 @@ card = Card(
     claims=(
         Claim("wanda(0.5)", "magnitude(0.5)"),
         Claim('wanda("2:4")', 'magnitude("2:4")'),
-        Claim("wanda(0.5)", "magnitude(0.5)", model="builtin"),
     ),
     composes="before quantization, which then keeps the zeros",
 )
