@@ -1,0 +1,30 @@
+"""Low-bit matmul and sparse attention in Pallas, for GPU and TPU.
+
+Depends on JAX alone. Each folder is one op: ``reference.py`` is its meaning in plain
+JAX, ``gpu.py`` (Mosaic GPU, Hopper), ``tpu.py`` and ``cpu.py`` are its kernels,
+``cases.py`` the named real shapes that feed tests, benchmarks and tuning.
+
+    >>> import pallas_kernels
+    >>> sorted(pallas_kernels.ops())  # doctest: +ELLIPSIS
+    [...]
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from pallas_kernels.backend import Backend, KernelFallback, current, use
+from pallas_kernels.op import Case, Op
+
+__all__ = ["Backend", "Case", "KernelFallback", "Op", "current", "ops", "use"]
+
+
+def ops() -> dict[str, Op]:
+    """All ops by name: the folder is the registry; each has ``op`` in its package."""
+    found = {}
+    for module in pkgutil.iter_modules(__path__):
+        if module.ispkg:
+            op = importlib.import_module(f"{__name__}.{module.name}").op
+            found[op.name] = op
+    return found

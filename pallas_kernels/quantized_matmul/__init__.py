@@ -1,0 +1,9 @@
+"""y = x W for packed weights of 1 to 8 bits with a scale per block of inputs."""
+
+from __future__ import annotations
+
+from pallas_kernels.op import Op
+from pallas_kernels.quantized_matmul.cases import CASES
+from pallas_kernels.quantized_matmul.reference import quantized_matmul
+
+op = Op("quantized_matmul", quantized_matmul, {}, CASES)

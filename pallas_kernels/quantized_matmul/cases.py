@@ -1,0 +1,79 @@
+"""Named inputs: bit widths, symmetry, tables and row counts on real shapes."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.op import Case
+from pallas_kernels.quantized_matmul.reference import parts
+from pallas_kernels.shapes import LLAMA3_8B, QWEN25_7B, TINY, Linear
+
+NF4 = (
+    -1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004,
+    0.0, 0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684,
+    1.0,
+)  # fmt: skip
+
+
+def make(key, *, rows: int, linear: Linear, bits: int, block, zeros: bool, dtype):
+    """Activations, random codes, positive scales and (asymmetric) zero points."""
+    keys = iter(jax.random.split(key, 8))
+    inputs, outputs = linear.inputs, linear.outputs
+    x = jax.random.normal(next(keys), (rows, inputs), dtype)
+    planes = tuple(
+        jax.random.bits(next(keys), (outputs, -(-inputs * part // 8)), jnp.uint8)
+        for part in parts(bits)
+    )
+    blocks = 1 if block is None else -(-inputs // block)
+    scale = jax.random.uniform(next(keys), (outputs, blocks), dtype, 0.5, 1.5)
+    zero = None
+    if zeros:
+        zero = jax.random.randint(next(keys), scale.shape, 0, 2**bits).astype(jnp.uint8)
+    return x, planes, scale * inputs**-0.5, zero
+
+
+def case(linear, rows, bits, block=128, *, zeros=False, levels=None, dtype=None):
+    """One case; its name says everything that its inputs depend on."""
+    kind = "asym" if zeros else "table" if levels else "sym"
+    tiny = linear.model == "tiny"
+    group = "channel" if block is None else f"g{block}"
+    return Case(
+        f"{linear.name}/w{bits}-{group}-{kind}/m{rows}",
+        functools.partial(
+            make,
+            rows=rows,
+            linear=linear,
+            bits=bits,
+            block=block,
+            zeros=zeros,
+            dtype=dtype or (jnp.float32 if tiny else jnp.bfloat16),
+        ),
+        {"bits": bits, "block": block, "levels": levels},
+        tiny=tiny,
+        flops=2.0 * rows * linear.inputs * linear.outputs,
+    )
+
+
+def _cases():
+    square, up, ragged = TINY
+    for bits in (1, 2, 3, 4, 8):
+        yield case(square, 1, bits)
+        yield case(up, 20, bits, 64, zeros=True)
+    yield case(square, 16, 4, None)
+    yield case(up, 3, 4, 64, levels=NF4)
+    yield case(ragged, 5, 4, 32, zeros=True)
+    for linear in (*LLAMA3_8B, *QWEN25_7B):
+        for rows in (1, 16, 64, 256, 2048):
+            yield case(linear, rows, 4, zeros=True)
+    for linear in LLAMA3_8B[2:4]:
+        for rows in (1, 16):
+            yield case(linear, rows, 3)
+            yield case(linear, rows, 2, 64)
+            yield case(linear, rows, 8)
+            yield case(linear, rows, 4, 64, levels=NF4)
+
+
+CASES = tuple(_cases())

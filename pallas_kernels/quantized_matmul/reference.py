@@ -1,0 +1,82 @@
+"""y = x W for weights of packed codes with a scale (and zero) per block of inputs."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+Planes = tuple[UInt8[Array, "out _"], ...]
+
+
+def parts(bits: int) -> tuple[int, ...]:
+    """The plane widths of a code, largest first: 3 -> (2, 1)."""
+    if not 1 <= bits <= 8:
+        raise ValueError(f"codes of {bits} bits; accepted: 1 to 8")
+    return tuple(p for p in (8, 4, 2, 1) if bits & p)
+
+
+def unpack(planes: Planes, bits: int, count: int) -> UInt8[Array, "out in"]:
+    """Codes from planes: each byte holds 8 / part codes, the first in the low bits."""
+    total, low = jnp.uint8(0), 0
+    for plane, part in zip(reversed(planes), reversed(parts(bits)), strict=True):
+        shifts = jnp.arange(8 // part, dtype=jnp.uint8) * jnp.uint8(part)
+        piece = (plane[..., None] >> shifts[None, None]) & jnp.uint8(2**part - 1)
+        total = total | (piece.reshape(len(plane), -1)[:, :count] << jnp.uint8(low))
+        low += part
+    return total
+
+
+def spread(per_block, block: int | None, count: int) -> Float[Array, "out in"]:
+    """One value per input from one per block; the last block may be short."""
+    if block is None or per_block.shape[-1] == 1:
+        return per_block
+    return jnp.repeat(per_block, block, axis=-1)[..., :count]
+
+
+def dequantize(planes, scale, zero, *, bits, block, count, levels=None, offset=None):
+    """The weight as it is stored, [out, in] in float32."""
+    codes = unpack(planes, bits, count)
+    if levels is not None:
+        values = jnp.asarray(levels, jnp.float32)[codes]
+    else:
+        middle = 2 ** (bits - 1) if offset is None else offset
+        shift = middle if zero is None else spread(_wide(zero), block, count)
+        values = _wide(codes) - shift
+    return values * spread(_wide(scale), block, count)
+
+
+def quantized_matmul(
+    x: Float[Array, "*batch in"],
+    planes: Planes,
+    scale: Float[Array, "out blocks"],
+    zero=None,
+    *,
+    bits: int,
+    block: int | None,
+    levels: tuple[float, ...] | None = None,
+    offset: float | None = None,
+) -> Float[Array, "*batch out"]:
+    """y[m, n] = sum_k x[m, k] scale[n, k / block] (code[n, k] - zero[n, k / block]).
+
+    ``planes`` are the codes of W^T, ``in`` packed in the minor axis (1 to 8 bits).
+    Without ``zero`` codes are centred on ``offset`` (default 2^(bits-1)); with
+    ``levels`` they index that ascending table instead. ``block`` inputs share a scale
+    (None: all). Returns the dtype of ``x``; sums are float32.
+    """
+    count = x.shape[-1]
+    w = dequantize(
+        planes,
+        scale,
+        zero,
+        bits=bits,
+        block=block,
+        count=count,
+        levels=levels,
+        offset=offset,
+    )
+    y = jnp.einsum("...k,nk->...n", x.astype(jnp.float32), w)
+    return y.astype(x.dtype)
+
+
+def _wide(a):
+    return a.astype(jnp.float32)

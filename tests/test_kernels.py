@@ -1,0 +1,194 @@
+"""Every kernel of every op, by discovery: values, gradients, real compilers, gaps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from pallas_kernels import aot, backend
+
+OPS = pallas_kernels.ops()
+PAIRS = [
+    pytest.param(op, platform, case, id=f"{op.name}-{platform}-{case.name}")
+    for op in OPS.values()
+    for platform in op.kernels
+    for case in op.cases
+    if case.tiny
+]
+
+
+def floats(tree):
+    """The floating leaves, in float32."""
+    leaves = jax.tree.leaves(tree)
+    kinds = [a for a in leaves if jnp.issubdtype(a.dtype, jnp.floating)]
+    return [np.asarray(a, np.float32) for a in kinds]
+
+
+def wide(tree):
+    """Floating leaves in float32, so that the reference is exact."""
+    return jax.tree.map(
+        lambda a: a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a,
+        tree,
+    )
+
+
+def assert_near(got, want, tolerance):
+    for a, b in zip(floats(got), floats(want), strict=True):
+        assert a.shape == b.shape
+        assert np.isfinite(a).all()
+        error = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-6)
+        assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e}"
+
+
+def served(op, platform, case, args):
+    """The kernel in the interpreter; a case that it refuses is skipped, by reason."""
+    interpret = platform != "cpu"
+    try:
+        return op.on(platform, *args, interpret=interpret, **case.options)
+    except NotImplementedError as reason:
+        assert str(reason), "a refusal names its reason"
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize(("op", "platform", "case"), PAIRS)
+def test_values(op, platform, case):
+    args = case.make(jax.random.key(7))
+    got = served(op, platform, case, args)
+    want = op.reference(*wide(args), **case.options)
+    assert_near(got, want, case.tolerance)
+    same = jax.tree.map(lambda a: a.dtype, op.reference(*args, **case.options))
+    assert jax.tree.map(lambda a: a.dtype, got) == same
+
+
+@pytest.mark.parametrize(("op", "platform", "case"), PAIRS)
+def test_gradients(op, platform, case):
+    """The gradient with respect to the first argument is the reference's."""
+    first, *rest = case.make(jax.random.key(8))
+    if not all(jnp.issubdtype(a.dtype, jnp.floating) for a in jax.tree.leaves(first)):
+        pytest.skip("the first argument holds integers")
+    served(op, platform, case, (first, *rest))
+    interpret = platform != "cpu"
+
+    def loss(function):
+        def run(first):
+            outputs = function(first, *rest)
+            return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(outputs))
+
+        return jax.grad(run)(first)
+
+    kernel = lambda *a: op.on(platform, *a, interpret=interpret, **case.options)  # noqa: E731
+    reference = lambda *a: op.reference(*a, **case.options)  # noqa: E731
+    assert_near(loss(kernel), loss(reference), 2 * case.tolerance)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_cases(op):
+    """Case names are unique; some are tiny; the reference runs on their shapes."""
+    names = [case.name for case in op.cases]
+    assert len(names) == len(set(names))
+    assert any(case.tiny for case in op.cases)
+    for case in op.cases:
+        reference = lambda *a, o=case.options: op.reference(*a, **o)  # noqa: E731
+        jax.eval_shape(reference, *case.shapes)
+        assert case.tiny or case.flops > 0, f"{case}: states no work"
+    for platform in op.kernels:
+        missing = {
+            c.name: op.missing(platform, *c.shapes, **c.options) for c in op.cases
+        }
+        assert not all(missing.values()), f"{platform} serves no case: {missing}"
+
+
+def compiled(platform, target):
+    """Records of ``pallas_kernels.aot`` in its own process: compilers may crash."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pallas_kernels.aot", platform, target],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )
+    records = [json.loads(line) for line in run.stdout.splitlines() if line[:1] == "{"]
+    assert run.returncode <= 100, run.stderr[-2000:]
+    return records
+
+
+@pytest.mark.parametrize("topology", aot.TOPOLOGIES)
+def test_tpu_compiler_accepts_every_kernel(topology):
+    pytest.importorskip("libtpu", reason="libtpu is not installed (extra tpu-aot)")
+    records = compiled("tpu", topology)
+    failed = [r for r in records if r["status"] == "failed"]
+    assert not failed, json.dumps(failed, indent=1)
+    assert any(r["status"] == "compiled" for r in records)
+
+
+def test_cuda_compiler_accepts_every_kernel():
+    pytest.importorskip("jax_cuda13_plugin", reason="no CUDA plugin (extra cuda-aot)")
+    records = compiled("cuda", "h200")
+    failed = [r for r in records if r["status"] == "failed"]
+    assert not failed, json.dumps(failed, indent=1)
+    assert any(r["status"] == "compiled" for r in records)
+
+
+class TestBackend:
+    """The choice of an implementation: automatic, forced, strict, loud once."""
+
+    @pytest.fixture
+    def op(self):
+        def reference(x):
+            return 2 * x
+
+        def kernel(x, *, interpret):
+            if x.ndim > 1:
+                raise NotImplementedError("only vectors")
+            return 2 * x + 0 * interpret
+
+        return pallas_kernels.Op("double", reference, {"gpu": kernel}, ())
+
+    def test_cpu_runs_the_reference_silently(self, op):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert op(jnp.ones(3)).sum() == 6
+
+    def test_strict_raises_where_auto_warns(self, op, monkeypatch):
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        backend.warn_once.cache_clear()
+        with pytest.warns(pallas_kernels.KernelFallback, match="only vectors"):
+            op(jnp.ones((2, 2)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            op(jnp.ones((2, 2)))  # said once
+        with (
+            pallas_kernels.use("strict"),
+            pytest.raises(NotImplementedError, match="only vectors"),
+        ):
+            op(jnp.ones((2, 2)))
+
+    def test_forced(self, op):
+        with (
+            pallas_kernels.use("tpu"),
+            pytest.raises(NotImplementedError, match="no kernel for tpu"),
+        ):
+            op(jnp.ones(3))
+        with pallas_kernels.use("gpu", interpret=True):
+            assert op(jnp.ones(3)).sum() == 6
+
+    def test_unknown(self):
+        with (
+            pytest.raises(ValueError, match="accepted: auto, strict"),
+            pallas_kernels.use("cuda"),
+        ):
+            pass
+
+    def test_jit_traces_anew(self, op):
+        with_jit = jax.jit(op)
+        assert with_jit(jnp.ones(3)).sum() == 6
+        with pallas_kernels.use("tpu"), pytest.raises(NotImplementedError):
+            with_jit(jnp.ones(3))
