@@ -1,0 +1,9 @@
+"""y = x W for 8-bit codes on both sides: integer or float8 products, float scales."""
+
+from __future__ import annotations
+
+from pallas_kernels.op import Op
+from pallas_kernels.scaled_matmul.cases import CASES
+from pallas_kernels.scaled_matmul.reference import scaled_matmul
+
+op = Op("scaled_matmul", scaled_matmul, {}, CASES)

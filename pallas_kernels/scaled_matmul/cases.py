@@ -1,0 +1,66 @@
+"""Named inputs: int8 and float8 codes, scales per channel and per block."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.op import Case
+from pallas_kernels.shapes import LLAMA3_8B, QWEN25_7B, TINY, Linear
+
+KINDS = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+
+
+def codes(key, shape: tuple[int, ...], kind: str):
+    """Random codes: int8 over the whole symmetric range, float8 normal."""
+    if kind == "int8":
+        return jax.random.randint(key, shape, -127, 128, jnp.int8)
+    return jax.random.normal(key, shape).astype(KINDS[kind])
+
+
+def make(key, *, rows: int, linear: Linear, kind: str, block: int | None):
+    """Codes of both sides and positive scales."""
+    one, two, three, four = jax.random.split(key, 4)
+    blocks = 1 if block is None else -(-linear.inputs // block)
+    x = codes(one, (rows, linear.inputs), kind)
+    w = codes(two, (linear.outputs, linear.inputs), kind)
+    x_scale = jax.random.uniform(three, (rows, 1), minval=0.5, maxval=1.5)
+    w_scale = jax.random.uniform(four, (linear.outputs, blocks), minval=0.5, maxval=1.5)
+    unit = 1 / 5400 if kind == "int8" else 1.0  # products then have variance near one
+    return x, w, x_scale, w_scale * unit * linear.inputs**-0.5
+
+
+def case(linear, rows, kind="int8", block=None):
+    """One case; its name says everything that its inputs depend on."""
+    tiny = linear.model == "tiny"
+    group = "channel" if block is None else f"g{block}"
+    return Case(
+        f"{linear.name}/{kind}-{group}/m{rows}",
+        functools.partial(make, rows=rows, linear=linear, kind=kind, block=block),
+        {"block": block, "out_dtype": jnp.float32 if tiny else jnp.bfloat16},
+        tiny=tiny,
+        tolerance=1e-5 if tiny else 1e-2,
+        flops=2.0 * rows * linear.inputs * linear.outputs,
+    )
+
+
+def _cases():
+    square, up, ragged = TINY
+    for kind in KINDS:
+        yield case(square, 1, kind)
+        yield case(up, 20, kind, 128)
+        yield case(ragged, 5, kind)
+    yield case(square, 40, "int8", 64)
+    yield case(ragged, 3, "int8", 32)
+    for kind in KINDS:
+        for linear in (*LLAMA3_8B[:4], *QWEN25_7B):
+            for rows in (1, 16, 64, 256, 2048):
+                yield case(linear, rows, kind)
+        for rows in (16, 2048):
+            yield case(LLAMA3_8B[2], rows, kind, 128)
+            yield case(LLAMA3_8B[3], rows, kind, 128)
+
+
+CASES = tuple(_cases())
