@@ -1,0 +1,12 @@
+"""Attention over listed key blocks, a list for each head and query block."""
+
+from __future__ import annotations
+
+from pallas_kernels.block_sparse_attention.blocks import block_index, top_blocks
+from pallas_kernels.block_sparse_attention.cases import CASES
+from pallas_kernels.block_sparse_attention.reference import block_sparse_attention
+from pallas_kernels.op import Op
+
+__all__ = ["block_index", "op", "top_blocks"]
+
+op = Op("block_sparse_attention", block_sparse_attention, {}, CASES)
