@@ -94,14 +94,14 @@ def test_damaged_files_are_named(folder):
     data = path.read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + length])
-    header[NORM]["dtype"] = "I8"
+    header[NORM]["dtype"] = "U4"
     typed = json.dumps(header).encode()
     cases = {
         r"tensor .* ends at byte": data[:-9],
         r"truncated or not safetensors: 5 bytes": data[:5],
         r"truncated or not safetensors": b"\xff" * 64,
         r"damaged header": data[:8] + b"x" * length + data[8 + length :],
-        r"'model.norm.weight' has type I8.*quantized": (
+        r"'model.norm.weight' has type U4.*quantized": (
             struct.pack("<Q", len(typed)) + typed + data[8 + length :]
         ),
     }

@@ -45,7 +45,15 @@ class Entry:
 
     def split(self, tensor: np.ndarray) -> list[np.ndarray]:
         """The parts of a tensor, as views."""
-        x = tensor.swapaxes(-1, -2) if self.transposed else tensor
+        return self.unfused(tensor.swapaxes(-1, -2) if self.transposed else tensor)
+
+    def join(self, parts: list[np.ndarray]) -> np.ndarray:
+        """The tensor of its parts (inverse of ``split``)."""
+        x = self.fused(parts)
+        return x.swapaxes(-1, -2) if self.transposed else x
+
+    def unfused(self, x: np.ndarray) -> list[np.ndarray]:
+        """The parts of an array whose last axis is out."""
         if self.layout == "heads":
             lead, count = x.shape[:-1], len(self.parts)
             x = x.reshape(*lead, -1, count, self.head_dim)
@@ -53,14 +61,12 @@ class Entry:
         ends = np.cumsum([s[-1] for s in self.shapes])[:-1]
         return np.split(x, ends, -1)
 
-    def join(self, parts: list[np.ndarray]) -> np.ndarray:
-        """The tensor of its parts (inverse of ``split``)."""
+    def fused(self, parts: list[np.ndarray]) -> np.ndarray:
+        """Arrays whose last axis is out, as one (inverse of ``unfused``)."""
         if self.layout == "heads":
             heads = [x.reshape(*x.shape[:-1], -1, self.head_dim) for x in parts]
-            x = np.stack(heads, -2).reshape(*parts[0].shape[:-1], -1)
-        else:
-            x = np.concatenate(parts, -1)
-        return x.swapaxes(-1, -2) if self.transposed else x
+            return np.stack(heads, -2).reshape(*parts[0].shape[:-1], -1)
+        return np.concatenate(parts, -1)
 
 
 def parameter_shapes(config: Transformer) -> dict[str, tuple[int, ...]]:

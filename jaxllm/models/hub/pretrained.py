@@ -16,17 +16,28 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxllm.core.model import Model, get, put
-from jaxllm.core.weights import Weight
+from jaxllm.core.weights import Weight, materialize
 from jaxllm.models.hub.configs import read_config_data, write_config_data
 from jaxllm.models.hub.plan import Entry, leaf_paths, make_plan, match, tied_head
-from jaxllm.models.hub.safetensors import CODES, Tensor, open_folder, write_folder
+from jaxllm.models.hub.safetensors import FLOATS, Tensor, open_folder, write_folder
 from jaxllm.models.transformer import Transformer
 
 CONFIG = "config.json"
+QUANTIZATION = "quantization_config"
 
 
 def read_folder_config(folder: str | Path, dtype: str = "float32") -> Transformer:
     """The architecture of a model folder, from its ``config.json``."""
+    raw = read_raw_config(folder)
+    raw.pop(QUANTIZATION, None)  # says how weights are stored, not what they are
+    try:
+        return read_config_data(raw, dtype)
+    except ValueError as error:
+        raise ValueError(f"{Path(folder) / CONFIG}: {error}") from None
+
+
+def read_raw_config(folder: str | Path) -> dict[str, Any]:
+    """The ``config.json`` of a model folder as it is."""
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"no {CONFIG} in {str(folder)!r}")
@@ -36,10 +47,7 @@ def read_folder_config(folder: str | Path, dtype: str = "float32") -> Transforme
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds {type(raw).__name__}; accepted: an object")
-    try:
-        return read_config_data(raw, dtype)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return raw
 
 
 def load_folder(folder: str | Path, dtype: str = "float32") -> Model:
@@ -55,8 +63,18 @@ def load_folder(folder: str | Path, dtype: str = "float32") -> Model:
     """
     folder = Path(folder)
     config = read_folder_config(folder, dtype)
-    plan = make_plan(config)
-    tensors = open_folder(folder)
+    params = read_dense(folder, open_folder(folder), config, make_plan(config), dtype)
+    return Model(params, config)
+
+
+def read_dense(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    config: Transformer,
+    plan: dict[str, Entry],
+    dtype: str,
+) -> dict[str, Any]:
+    """The parameters that ``plan`` finds in ``tensors``, which must be all of both."""
     try:
         found = match(tensors, plan, config)
     except ValueError as error:
@@ -69,7 +87,7 @@ def load_folder(folder: str | Path, dtype: str = "float32") -> Model:
                 f"expected {list(entry.shape)}"
             )
     _check_tied_head(config, tensors, found)
-    return Model(_read_params(jobs, config, jnp.dtype(dtype)), config)
+    return _read_params(jobs, config, jnp.dtype(dtype))
 
 
 def _read_params(jobs: list[tuple[Tensor, Entry]], config: Transformer, dtype) -> dict:
@@ -134,17 +152,31 @@ def save_pretrained(
       TypeError: A weight is compressed; names it and its type.
       ValueError: The family cannot express the model.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{str(folder)!r} exists; name a new folder")
+    check_vacant(folder)
     _check_dense(model)
     model = rotary_halves(model)
     data = write_config_data(model.config)
     plan = make_plan(model.config)
-    _check_shapes(model, plan)
+    check_shapes(model, plan)
     kind = get(model.params, "embed.weight").dtype
-    data |= {"torch_dtype": str(kind)} | _special_ids(tokenizer)
-    jobs = [(e.theirs, *_lazy(model, e)) for e in plan.values()]
+    data |= {"torch_dtype": str(kind)}
+    jobs = [dense_job(model, e) for e in plan.values()]
+    return publish(folder, data, jobs, tokenizer, shard_bytes)
+
+
+def check_vacant(folder: str | Path) -> None:
+    """Refuse a folder that holds something."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{str(folder)!r} exists; name a new folder")
+
+
+def publish(
+    folder: str | Path, data: dict[str, Any], jobs, tokenizer, shard_bytes: float
+) -> Path:
+    """Write configuration, tensors and tokenizer; the folder appears when complete."""
+    folder = Path(folder)
+    data = data | _special_ids(tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -159,8 +191,8 @@ def save_pretrained(
     return folder
 
 
-def _lazy(model: Model, entry: Entry):
-    """(bytes, make) of one tensor, made when its shard is written."""
+def dense_job(model: Model, entry: Entry):
+    """(name, bytes, make) of one tensor, made when its shard is written."""
 
     def make() -> np.ndarray:
         parts = [get(model.params, path) for path in entry.parts]
@@ -169,7 +201,7 @@ def _lazy(model: Model, entry: Entry):
         return entry.join([np.asarray(x) for x in parts])
 
     dtype = get(model.params, entry.parts[0]).dtype
-    return int(np.prod(entry.shape)) * dtype.itemsize, make
+    return entry.theirs, int(np.prod(entry.shape)) * dtype.itemsize, make
 
 
 def _special_ids(tokenizer) -> dict[str, int | None]:
@@ -182,20 +214,22 @@ def _check_dense(model: Model) -> None:
     for path, leaf in leaf_paths(model.params, is_leaf=is_type).items():
         if is_type(leaf):
             raise TypeError(
-                f"{path} is {type(leaf).__name__}: only dense models are exported (no "
-                "compressed exchange format is supported); save it as a checkpoint"
+                f"{path} is {type(leaf).__name__}: this writes dense models; name an "
+                "exchange format (format='gptq' ...), or save it as a checkpoint"
             )
-        if np.dtype(leaf.dtype) not in CODES:
+        if np.dtype(leaf.dtype) not in FLOATS.values():
             raise TypeError(f"{path} is {leaf.dtype}; accepted: floats of 2 to 8 bytes")
 
 
-def _check_shapes(model: Model, plan: dict[str, Entry]) -> None:
+def check_shapes(model: Model, plan: dict[str, Entry]) -> None:
+    """Refuse parameters that the plan lacks or that have another (logical) shape."""
     expected = {
         part: shape if entry.expert is None else (_experts(model.config, part), *shape)
         for entry in plan.values()
         for part, shape in zip(entry.parts, entry.shapes, strict=True)
     }
-    present = leaf_paths(model.params, lambda leaf: tuple(leaf.shape))
+    is_type = lambda x: isinstance(x, Weight)  # noqa: E731
+    present = leaf_paths(model.params, _whole_shape, is_type)
     for path in sorted(expected.keys() | present.keys()):
         if expected.get(path) != present.get(path):
             raise ValueError(
@@ -204,10 +238,44 @@ def _check_shapes(model: Model, plan: dict[str, Entry]) -> None:
             )
 
 
-def _halves(value, head_dim: int):
-    """Reorder channels so that pairs (0, 1), (2, 3) ... become (0, d/2), (1, ...)."""
-    heads = value.reshape(*value.shape[:-1], -1, head_dim // 2, 2)
-    return heads.swapaxes(-1, -2).reshape(value.shape)
+def _whole_shape(w) -> tuple[int, ...]:
+    """Leading axes (experts) and logical shape of an array or a weight type."""
+    shape = jax.eval_shape(materialize, w).shape if isinstance(w, Weight) else w.shape
+    return tuple(shape)
+
+
+def halves(count: int, head_dim: int) -> np.ndarray:
+    """The order of ``count`` channels in which pairs of neighbours become halves:
+    within each head 0, 2, 4 ... and then 1, 3, 5 ...
+    """
+    return np.arange(count).reshape(-1, head_dim // 2, 2).swapaxes(-1, -2).reshape(-1)
+
+
+def paired_channels(config: Transformer) -> dict[str, int]:
+    """Modules whose outputs are rotary pairs of neighbours, with their head's size."""
+    found: dict[str, int] = {}
+    for i, layer in enumerate(config.layers):
+        rope = layer.attention.rope if layer.attention else None
+        if rope is None or not rope.interleaved:
+            continue
+        if rope.fraction != 1.0:
+            raise ValueError("interleaved rotary embedding of a part of the head")
+        for name in ("q", "k", "q_norm", "k_norm"):
+            found[f"layers.{i}.attn.{name}"] = layer.attention.head_dim
+    return found
+
+
+def with_pairs(config: Transformer, interleaved: bool) -> Transformer:
+    """The same configuration with rotary pairs of neighbours, or in halves."""
+
+    def changed(layer):
+        if layer.attention is None or layer.attention.rope is None:
+            return layer
+        rope = dataclasses.replace(layer.attention.rope, interleaved=interleaved)
+        attention = dataclasses.replace(layer.attention, rope=rope)
+        return dataclasses.replace(layer, attention=attention)
+
+    return dataclasses.replace(config, layers=tuple(map(changed, config.layers)))
 
 
 def rotary_halves(model: Model) -> Model:
@@ -215,22 +283,10 @@ def rotary_halves(model: Model) -> Model:
 
     The scores are sums over channels, so a permutation shared by q and k leaves them.
     """
-    config, params = model.config, model.params
-    layers = list(config.layers)
-    for i, layer in enumerate(layers):
-        rope = layer.attention.rope if layer.attention else None
-        if rope is None or not rope.interleaved:
-            continue
-        if rope.fraction != 1.0:
-            raise ValueError("interleaved rotary embedding of a part of the head")
-        for name in ("q", "k", "q_norm", "k_norm"):
-            path = f"layers.{i}.attn.{name}"
-            group = get(params, f"layers.{i}.attn").get(name, {})
-            dim = layer.attention.head_dim
-            for leaf, value in group.items():
-                params = put(params, f"{path}.{leaf}", _halves(value, dim))
-        rope = dataclasses.replace(rope, interleaved=False)
-        attention = dataclasses.replace(layer.attention, rope=rope)
-        layers[i] = dataclasses.replace(layer, attention=attention)
-    config = dataclasses.replace(config, layers=tuple(layers))
-    return model.replace(params=params, config=config)
+    params, pairs = model.params, paired_channels(model.config)
+    for path, leaf in leaf_paths(params).items():
+        module = path.rpartition(".")[0]
+        if module in pairs:
+            order = halves(leaf.shape[-1], pairs[module])
+            params = put(params, path, leaf[..., order])
+    return model.replace(params=params, config=with_pairs(model.config, False))

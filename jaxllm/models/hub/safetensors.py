@@ -17,12 +17,20 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-DTYPES = {
+FLOATS = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# Packed codes and small numbers; no parameter of a dense model.
+CODED = {
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+}
+DTYPES = FLOATS | CODED
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -40,24 +48,30 @@ class Tensor:
     stop: int
 
     def read(self) -> np.ndarray:
-        """The values, mapped from the file.
+        """The values of a float tensor, mapped from the file.
 
         Raises:
           ValueError: The type is no float, or a value is not finite.
         """
-        if self.code not in DTYPES:
-            raise ValueError(
-                f"{self.file}: tensor {self.name!r} has type {self.code}; accepted: "
-                f"{', '.join(DTYPES)} (quantized checkpoints cannot be imported)"
-            )
-        if not self.shape or 0 in self.shape:
-            raise ValueError(f"{self.file}: tensor {self.name!r} is {self.shape}")
-        kind = DTYPES[self.code]
-        values = np.memmap(self.file, kind, "r", self.start, self.shape)
+        values = self._mapped(FLOATS, " (codes of a quantized checkpoint?)")
         if not np.isfinite(values).all():
             message = f"{self.file}: tensor {self.name!r} has non-finite values"
             raise ValueError(message)
         return values
+
+    def read_codes(self) -> np.ndarray:
+        """The values of an integer tensor, mapped from the file."""
+        return self._mapped(CODED)
+
+    def _mapped(self, kinds: dict[str, np.dtype], hint: str = "") -> np.ndarray:
+        if self.code not in kinds:
+            raise ValueError(
+                f"{self.file}: tensor {self.name!r} has type {self.code}; accepted: "
+                f"{', '.join(kinds)}{hint}"
+            )
+        if not self.shape or 0 in self.shape:
+            raise ValueError(f"{self.file}: tensor {self.name!r} is {self.shape}")
+        return np.memmap(self.file, kinds[self.code], "r", self.start, self.shape)
 
 
 def open_folder(folder: Path) -> dict[str, Tensor]:
