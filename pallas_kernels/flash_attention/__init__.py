@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from pallas_kernels.flash_attention import tpu
 from pallas_kernels.flash_attention.cases import CASES
 from pallas_kernels.flash_attention.reference import flash_attention
 from pallas_kernels.op import Op
 
-op = Op("flash_attention", flash_attention, {}, CASES)
+op = Op(
+    "flash_attention",
+    flash_attention,
+    {"tpu": tpu.flash_attention},
+    CASES,
+    own_gradient=frozenset({"tpu"}),
+)
