@@ -15,13 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxllm.core.formats import TINY, Format
+from jaxllm.core.formats import TINY, Choice, Format
 from jaxllm.core.spec import expression
 from jaxllm.core.weights import Quantized
 
 
 def _range(block, format: Format, shrink=1.0):
     """Scale and zero point that cover the block, shrunk toward zero."""
+    if isinstance(format, Choice):
+        raise ValueError(f"{format} has several tables: use best_table")
     if format.symmetric:
         peak = jnp.abs(block).max(0)
         return jnp.maximum(peak * shrink / format.largest, TINY), None
@@ -61,18 +63,72 @@ def mse(smallest: float = 0.5, steps: int = 21, norm: float = 2.0):
 
     def rule(block, format, importance):
         def error(shrink):
-            scale, zero = _range(block, format, shrink)
-            zero = None if zero is None else zero[None]
-            codes = format.encode(block / scale[None], zero)
-            back = format.decode(codes, zero) * scale[None]
-            loss = jnp.abs(block - back) ** norm * importance[:, None]
-            return loss.sum(0)
+            back = _rounded(block, format, _range(block, format, shrink))
+            return (jnp.abs(block - back) ** norm * importance[:, None]).sum(0)
 
         shrinks = jnp.asarray(np.linspace(smallest, 1.0, steps), jnp.float32)
         best = shrinks[jax.lax.map(error, shrinks).argmin(0)]
         return _range(block, format, best)
 
     return rule
+
+
+def _rounded(block, format: Format, params):
+    """The block on the grid of (scale, zero) [out]."""
+    scale, zero = (None if p is None else p[None] for p in params)
+    return format.decode(format.encode(block / scale, zero), zero) * scale
+
+
+@expression
+def best_table(rule=absmax()):
+    """Of a choice of formats the one with the least squared error, block by block.
+
+    ``rule`` scales each table; errors are weighted by the importance of their input.
+    """
+
+    def choose(block, format, importance):
+        if not isinstance(format, Choice):
+            raise ValueError(f"best_table needs a choice of tables; got {format}")
+        found, losses = [], []
+        for table in format.tables:
+            params = rule(block, table, importance)
+            error = block - _rounded(block, table, params)
+            losses.append((error**2 * importance[:, None]).sum(0))
+            found.append(params[0])
+        best = jnp.stack(losses).argmin(0)
+        scale = jnp.take_along_axis(jnp.stack(found), best[None], 0)[0]
+        return scale, best.astype(jnp.float32)
+
+    return choose
+
+
+@expression
+def least_squares(rule=absmax(), steps: int = 10):
+    """Another rule's scale refined: s = sum(w q) / sum(q^2) for the codes q, and again.
+
+    Each step is the exact minimum over s of sum importance (w - s q)^2 for given q;
+    the best of all steps is kept.
+    """
+    if steps < 1:
+        raise ValueError(f"steps {steps}; accepted: at least 1")
+
+    def refined(block, format, importance):
+        start, zero = rule(block, format, importance)
+        weight = importance[:, None]
+
+        def step(state, _):
+            scale, best, least = state
+            v = _rounded(block, format, (scale, zero)) / scale[None]
+            loss = (weight * (block - v * scale[None]) ** 2).sum(0)
+            best = jnp.where(loss < least, scale, best)
+            fitted = (weight * v * block).sum(0) / (weight * v * v).sum(0)
+            scale = jnp.where(fitted > 0, fitted, scale)
+            return (scale, best, jnp.minimum(loss, least)), None
+
+        state = start, start, jnp.full_like(start, jnp.inf)
+        return jax.lax.scan(step, state, length=steps + 1)[0][1], zero
+
+    return refined
 
 
 @expression
@@ -84,6 +140,22 @@ def power_of_two(rule=absmax()):
         return 2.0 ** jnp.ceil(jnp.log2(scale)), zero
 
     return rounded
+
+
+@expression
+def microscale():
+    """2^(floor(log2 absmax) - e), e the exponent of the format's largest value.
+
+    The shared exponent of the OCP Microscaling formats (version 1.0, section 6.3);
+    values beyond the largest saturate.
+    """
+
+    def rule(block, format, importance):
+        peak = jnp.maximum(jnp.abs(block).max(0), TINY)
+        top = np.floor(np.log2(format.largest))
+        return 2.0 ** (jnp.floor(jnp.log2(peak)) - top), None
+
+    return rule
 
 
 @expression
@@ -130,8 +202,9 @@ class Grid:
     """Number format x block x scale rule: a set that weights are projected on.
 
     ``block`` inputs share a scale (None: all of an output). Scales are stored as
-    bfloat16; ``scale_format`` rounds them again in blocks of ``scale_block`` (double
-    quantization). Zero points are stored as uint8, or as bfloat16 with ``real_zero``.
+    ``scale_dtype``; ``scale_format`` rounds them again in blocks of ``scale_block``
+    (double quantization; None: all together). Zero points are stored as uint8, as
+    bfloat16 with ``real_zero``, or rounded like the scales to ``zero_format``.
     """
 
     format: Format
@@ -139,7 +212,9 @@ class Grid:
     rule: Any = absmax()
     real_zero: bool = False
     scale_format: Format | None = None
-    scale_block: int = 256
+    scale_block: int | None = 256
+    scale_dtype: str = "bfloat16"
+    zero_format: Format | None = None
 
     filling = 0.0  # importance of inputs that only fill a short last block
 
@@ -152,11 +227,30 @@ class Grid:
         scale, zero = self.rule(block, self.format, importance)
         if zero is not None:
             zero = _stored(zero, self._zero_dtype)
-        return _stored(scale, jnp.bfloat16), zero
+        return _stored(scale, self.scale_dtype), zero
+
+    @property
+    def two_level(self) -> bool:
+        """Whether the parameters of all blocks are rounded together."""
+        return self.scale_format is not None or self.zero_format is not None
+
+    def settle(self, params):
+        """The parameters of all blocks [groups, out] as they will be stored."""
+        scale, zero = params
+        if self.scale_format is not None:
+            scale = self._again(scale, self.scale_format)
+        if self.zero_format is not None:
+            zero = self._again(zero, self.zero_format)
+        return scale, zero
+
+    def _again(self, values, format: Format):
+        line = self._double(values.T, format).materialize()
+        return line.reshape(values.shape[::-1]).T
 
     @property
     def _zero_dtype(self):
-        return jnp.bfloat16 if self.real_zero else jnp.uint8
+        real = self.real_zero or self.zero_format is not None
+        return jnp.bfloat16 if real else jnp.uint8
 
     def snap(self, values: Float[Array, "... out"], params):
         """The nearest grid points to values whose parameters are [..., out]."""
@@ -168,16 +262,18 @@ class Grid:
     def pack(self, values: Float[Array, "in out"], params, support, dtype) -> Quantized:
         """The stored weight; ``params`` are [groups, out]."""
         scale, zero = params
-        zero = None if zero is None else zero.T.astype(self._zero_dtype)
-        if self.scale_format is None:
-            stored = scale.T.astype(jnp.bfloat16)
-        else:
+        stored = scale.T.astype(self.scale_dtype)
+        if self.scale_format is not None:
             stored = self._double(scale.T, self.scale_format)
+        if zero is not None:
+            zero = zero.T.astype(self._zero_dtype)
+            if self.zero_format is not None:
+                zero = self._double(zero, self.zero_format)
         return Quantized.encode(values.T, stored, zero, self.format, self.block, dtype)
 
     def _double(self, scale, format: Format) -> Quantized:
         """Scales [out, groups] as one line of codes with scales of their own."""
-        line = scale.reshape(-1, 1)
+        line = scale.reshape(-1, 1).astype(jnp.float32)
         inner = Grid(format, self.scale_block)
         params = fit_all(inner, line, jnp.ones(len(line)), None)
         return inner.pack(line, params, None, "float32")
@@ -202,8 +298,11 @@ def fit_all(
     weights = jnp.pad(importance, (0, short), constant_values=target.filling)
     weights = weights.reshape(-1, block)
     if support is None:
-        return jax.vmap(lambda b, i: target.fit(b, i, None))(blocks, weights)
-    return jax.vmap(target.fit)(blocks, weights, pad(support).reshape(-1, block, out))
+        found = jax.vmap(lambda b, i: target.fit(b, i, None))(blocks, weights)
+    else:
+        allowed = pad(support).reshape(-1, block, out)
+        found = jax.vmap(target.fit)(blocks, weights, allowed)
+    return target.settle(found) if getattr(target, "two_level", False) else found
 
 
 def group_of(target, count: int) -> Array:

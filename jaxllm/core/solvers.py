@@ -66,6 +66,7 @@ def _obs(target, w, h, importance, order, support):
     params = _first_params(target, dense, importance, support)
     turn = jnp.arange(count)
     block = target.block if target.block and target.block < count else None
+    block = None if getattr(target, "two_level", False) else block
     if order == "activation":
         turn, block = jnp.argsort(-importance, stable=True), None
         dense, allowed, h = dense[turn], allowed[turn], h[turn][:, turn]

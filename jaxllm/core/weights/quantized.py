@@ -21,15 +21,15 @@ class Quantized(Weight):
     """value = scale decode(code, zero), stored [out, in] with ``in`` minor.
 
     ``planes`` hold the packed codes [out, bytes]; ``scale`` [out, blocks] is an array
-    or itself quantized as a line [out * blocks, 1] (double quantization); ``zero``
-    [out, blocks] or None. ``block`` inputs share a scale (None: the whole row); the
-    last block may be short. ``stored`` codes per row differ from ``features`` only
-    inside ``Sparse``, which keeps the codes of its non-zeros.
+    or itself quantized as a line [out * blocks, 1] (double quantization), and so is
+    ``zero`` [out, blocks] or None. ``block`` inputs share a scale (None: the whole
+    row); the last block may be short. ``stored`` codes per row differ from
+    ``features`` only inside ``Sparse``, which keeps the codes of its non-zeros.
     """
 
     planes: Leaf[tuple[UInt8[Array, "*lead out _"], ...]]
     scale: Any
-    zero: Leaf[Array | None]
+    zero: Any
     format: Format = static()
     block: int | None = static()
     features: int = static()
@@ -41,9 +41,8 @@ class Quantized(Weight):
         """Round ``values`` [out, in] on the grid of stored ``scale`` and ``zero``."""
         features = values.shape[-1]
         wide = _spread(_plain(scale, len(values)), block, features)
-        shift = (
-            None if zero is None else _spread(zero.astype(jnp.float32), block, features)
-        )
+        shift = _plain(zero, len(values))
+        shift = None if zero is None else _spread(shift, block, features)
         codes = format.encode(values / wide, shift)
         planes = pack(codes, format.bits)
         return cls(planes, scale, zero, format, block, features, str(dtype))
@@ -57,10 +56,11 @@ class Quantized(Weight):
 
     def decode(self, codes) -> Float[Array, "*lead out in"]:
         """Values of full-width codes [out, in], float32."""
-        zero = self.zero
+        out = self.planes[0].shape[-2]
+        zero = _plain(self.zero, out)
         if zero is not None:
-            zero = _spread(zero.astype(jnp.float32), self.block, self.features)
-        scale = _plain(self.scale, self.planes[0].shape[-2])
+            zero = _spread(zero, self.block, self.features)
+        scale = _plain(self.scale, out)
         scale = _spread(scale, self.block, self.features)
         return self.format.decode(codes, zero) * scale
 
@@ -70,29 +70,32 @@ class Quantized(Weight):
 
     def rows(self, ids: Int[Array, "*ids"]):
         pick = lambda leaf: jnp.take(leaf, ids, axis=-2, mode="clip")  # noqa: E731
-        scale = _plain(self.scale, self.planes[0].shape[-2])
+        out = self.planes[0].shape[-2]
+        scale, zero = _plain(self.scale, out), _plain(self.zero, out)
         mine = dataclasses.replace(
             self,
             planes=tuple(map(pick, self.planes)),
             scale=pick(scale),
-            zero=None if self.zero is None else pick(self.zero),
+            zero=None if zero is None else pick(zero),
         )
         return mine.decode(mine.codes()).astype(self.dtype)
 
     def axes(self, names: Names) -> Quantized:
         inner, outer = names
         blocks = (outer, None if self.block is None else inner)
-        scale = self.scale
-        scale = scale.axes((None, None)) if isinstance(scale, Weight) else blocks
-        zero = None if self.zero is None else blocks
+        line = lambda p: p.axes((None, None)) if isinstance(p, Weight) else blocks  # noqa: E731
+        scale, zero = line(self.scale), None if self.zero is None else line(self.zero)
         planes = ((outer, inner),) * len(self.planes)
         return dataclasses.replace(self, planes=planes, scale=scale, zero=zero)
 
 
-def _plain(scale, out: int) -> Float[Array, "*lead out blocks"]:
-    if not isinstance(scale, Weight):
-        return scale.astype(jnp.float32)
-    line = materialize(scale)
+def _plain(values, out: int) -> Float[Array, "*lead out blocks"] | None:
+    """Scales or zero points as float32 [out, blocks], also from a quantized line."""
+    if values is None:
+        return None
+    if not isinstance(values, Weight):
+        return values.astype(jnp.float32)
+    line = materialize(values)
     return line.reshape(*line.shape[:-2], out, -1)
 
 

@@ -1,0 +1,87 @@
+"""Rounding of activations along their last axis."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxllm.core.arrays import Leaf
+from jaxllm.core.formats.base import TINY, Integer
+from jaxllm.core.packing import pack, unpack
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Packed codes of activations with their scale and zero point (or None)."""
+
+    codes: Leaf[tuple[Array, ...]]
+    scale: Leaf[Array]
+    zero: Leaf[Array | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationFormat:
+    """Rounding of activations along the last axis: one scale per token and block.
+
+    ``symmetric`` uses absmax, otherwise min and max; ``clip`` shrinks the range;
+    ``block`` None means the whole last axis.
+    """
+
+    bits: int | Any  # text and files give anything: checked below
+    symmetric: bool = True
+    block: int | None = None
+    clip: float = 1.0
+
+    def __post_init__(self):
+        Integer(self.bits)
+        if not 0 < self.clip <= 1:
+            raise ValueError(f"clip {self.clip}; accepted: 0 < clip <= 1")
+
+    @property
+    def format(self) -> Integer:
+        return Integer(self.bits, self.symmetric)
+
+    def _grid(self, x):
+        blocks = x.astype(jnp.float32).reshape(
+            *x.shape[:-1], -1, self.block or x.shape[-1]
+        )
+        if self.symmetric:
+            peak = jnp.abs(blocks).max(-1, keepdims=True) * self.clip
+            return blocks, jnp.maximum(peak / self.format.largest, TINY), None
+        low = jnp.minimum(blocks.min(-1, keepdims=True), 0) * self.clip
+        high = jnp.maximum(blocks.max(-1, keepdims=True), 0) * self.clip
+        scale = jnp.maximum((high - low) / (self.format.codes - 1), TINY)
+        return blocks, scale, jnp.round(-low / scale)
+
+    def encode(self, x: Float[Array, "... width"]) -> Encoded:
+        """Packed codes of ``x``; scales are bfloat16, zero points uint8."""
+        blocks, scale, zero = self._grid(x)
+        stored = scale.astype(jnp.bfloat16)
+        codes = self.format.encode(blocks / stored.astype(jnp.float32), zero)
+        zero = None if zero is None else zero[..., 0].astype(jnp.uint8)
+        return Encoded(pack(codes.reshape(x.shape), self.bits), stored[..., 0], zero)
+
+    def decode(self, encoded: Encoded) -> Float[Array, "... width"]:
+        width = sum(p.shape[-1] for p in encoded.codes[:1]) * 8
+        width //= 1 << (self.bits.bit_length() - 1)
+        codes = unpack(encoded.codes, self.bits, width)
+        blocks = codes.reshape(*codes.shape[:-1], encoded.scale.shape[-1], -1)
+        zero = encoded.zero
+        zero = None if zero is None else zero[..., None].astype(jnp.float32)
+        values = self.format.decode(blocks, zero)
+        return (values * encoded.scale[..., None].astype(jnp.float32)).reshape(
+            codes.shape
+        )
+
+    def round(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
+        """The nearest representable values, without packing; same dtype."""
+        blocks, scale, zero = self._grid(x)
+        scale = scale.astype(jnp.bfloat16).astype(jnp.float32)
+        codes = self.format.encode(blocks / scale, zero)
+        values = self.format.decode(codes, zero) * scale
+        return values.reshape(x.shape).astype(x.dtype)
