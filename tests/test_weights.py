@@ -18,6 +18,7 @@ from jaxllm.core.scales import Grid
 from jaxllm.core.solvers import nearest
 from jaxllm.core.weights import (
     ActivationQuantized,
+    Gated,
     Hadamard,
     LowRank,
     Orthogonal,
@@ -76,6 +77,7 @@ TYPES = {
     "permuted": lambda: Transformed(
         Permutation(jax.random.permutation(jax.random.key(6), ROWS)), dense()
     ),
+    "gated, open": lambda: Gated(dense(), jnp.exp(dense(3, (ROWS,))), kept=ROWS),
     "w4a8": lambda: ActivationQuantized(rounded(Integer(4)), ActivationFormat(8)),
     "w8a8": lambda: ActivationQuantized(
         rounded(Integer(8, True), None), ActivationFormat(8)

@@ -105,6 +105,15 @@ class Moments:
     def mean_square(self) -> Array:
         return self._mean(self.second)
 
+    @property
+    def mean(self) -> Array:
+        return self._mean(self.first)
+
+    @property
+    def variance(self) -> Array:
+        """E[x^2] - E[x]^2, at least zero."""
+        return jnp.maximum(self.mean_square - self.mean**2, 0.0)
+
 
 @_node
 @dataclasses.dataclass(frozen=True)

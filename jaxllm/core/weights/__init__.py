@@ -17,6 +17,7 @@ from jaxllm.core.weights.base import (
     shape,
     size,
 )
+from jaxllm.core.weights.gated import Gated
 from jaxllm.core.weights.lowrank import LowRank, Sum, Trainable, merge
 from jaxllm.core.weights.quantized import Quantized
 from jaxllm.core.weights.sparse import Sparse
@@ -31,6 +32,7 @@ from jaxllm.core.weights.transformed import (
 
 __all__ = [
     "ActivationQuantized",
+    "Gated",
     "Hadamard",
     "LowRank",
     "Orthogonal",

@@ -1,0 +1,1 @@
+"""Activation sparsity: which inputs of a linear map a token reads."""
