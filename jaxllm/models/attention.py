@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxllm.core.hadamard import hadamard_transform
 from jaxllm.models.config import Attention as AttentionConfig
-from jaxllm.models.layers import Linear, Norm, Pass, observe, rotate
+from jaxllm.models.layers import Linear, Norm, Part, Pass, observe, rotate
 
 NEGATIVE = -0.7 * float(jnp.finfo(jnp.float32).max)
 
@@ -63,14 +61,10 @@ def visibility(values: Pass, window: int | None) -> Bool[Array, "batch q kv"]:
     return mask
 
 
-class Attention(nn.Module):
+class Attention(Part):
     """Grouped-query attention with optional rotary embedding, bias and QK norm."""
 
     config: AttentionConfig
-    width: int
-    std: float = 0.02
-    out_std: float = 0.02
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x, values: Pass):

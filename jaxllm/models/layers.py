@@ -50,6 +50,24 @@ def observe(module: nn.Module, name: str, x, values: Pass) -> None:
         module.sow("stats", name, found, reduce_fn=add, init_fn=lambda: None)
 
 
+class Part(nn.Module):
+    """A part of a block: its own configuration and what all parts share.
+
+    ``width`` is that of the residual stream; matrices start normal with ``std``, those
+    that write to the stream with ``out_std``.
+    """
+
+    config: Any
+    width: int
+    std: float = 0.02
+    out_std: float = 0.02
+    dtype: Any = jnp.float32
+
+    def part(self, kind: type[Part], config, name: str) -> Part:
+        """A part inside this one."""
+        return kind(config, self.width, self.std, self.out_std, self.dtype, name=name)
+
+
 class Linear(nn.Module):
     """y = x W + b with W of logical shape [in, out]: an array or a weight type."""
 

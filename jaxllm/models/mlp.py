@@ -12,17 +12,13 @@ from jaxllm.core import weights
 from jaxllm.core.stats import Stats
 from jaxllm.models.config import MLP as MLPConfig
 from jaxllm.models.config import MoE as MoEConfig
-from jaxllm.models.layers import Linear, Pass, activation, observe, read
+from jaxllm.models.layers import Linear, Part, Pass, activation, observe, read
 
 
-class MLP(nn.Module):
+class MLP(Part):
     """down(act(gate x) * up x), or down(act(up x)) when it is not gated."""
 
     config: MLPConfig
-    width: int
-    std: float = 0.02
-    out_std: float = 0.02
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x, values: Pass):
@@ -36,14 +32,10 @@ class MLP(nn.Module):
         return down(hidden)
 
 
-class Experts(nn.Module):
+class Experts(Part):
     """The stacked weights [experts, in, out] of the routed part."""
 
     config: MoEConfig
-    width: int
-    std: float = 0.02
-    out_std: float = 0.02
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x, group_sizes, owner, values: Pass):
@@ -85,14 +77,10 @@ class _Stack(nn.Module):
         return read(self, "weight", normal, self.shape, self.dtype)
 
 
-class MoE(nn.Module):
+class MoE(Part):
     """Sum of the top-k experts' outputs, weighted by their softmax probabilities."""
 
     config: MoEConfig
-    width: int
-    std: float = 0.02
-    out_std: float = 0.02
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x, values: Pass):
@@ -116,18 +104,15 @@ class MoE(nn.Module):
         sizes = jnp.bincount(index.reshape(-1), length=c.experts).astype(jnp.int32)
         ones = jnp.ones(len(flat)) if values.weights is None else values.weights
         owner = index.reshape(-1)[order], ones.reshape(-1)[token]
-        experts = Experts(
-            c, self.width, self.std, self.out_std, self.dtype, name="experts"
-        )
+        experts = self.part(Experts, c, "experts")
         out = experts(flat[token], sizes, owner, values)
         out = out * share.reshape(-1)[order][:, None]
         return jnp.zeros_like(flat).at[token].add(out)
 
     def _shared(self, x, values: Pass):
-        c, std = self.config, self.std
-        out = MLP(c.shared, self.width, std, self.out_std, self.dtype, name="shared")
-        y = out(x, values)
+        c, one = self.config, (self.width, 1)
+        y = self.part(MLP, c.shared, "shared")(x, values)
         if c.shared_gate:
-            gate = Linear((self.width, 1), False, std, self.dtype, name="shared_gate")
+            gate = Linear(one, False, self.std, self.dtype, name="shared_gate")
             y = y * jax.nn.sigmoid(gate(x))
         return y

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,20 +20,16 @@ from jaxllm.models.cache import LayerCache
 from jaxllm.models.config import MLP as MLPConfig
 from jaxllm.models.config import Layer, Norm, Policy
 from jaxllm.models.layers import Norm as NormModule
-from jaxllm.models.layers import Pass
+from jaxllm.models.layers import Part, Pass
 from jaxllm.models.mlp import MLP
 from jaxllm.models.mlp import MoE as MoEModule
 from jaxllm.models.sites import find_residual, find_sites
 
 
-class Block(nn.Module):
+class Block(Part):
     """One layer: (hidden, values) -> (hidden, layer cache)."""
 
     config: Layer
-    width: int
-    std: float = 0.02
-    out_std: float = 0.02
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x, values: Pass):
@@ -51,10 +46,8 @@ class Block(nn.Module):
         c = self.config
         if c.attention is None:
             return jnp.zeros_like(x), None
-        part = Attention(
-            c.attention, self.width, self.std, self.out_std, self.dtype, name="attn"
-        )
-        y, cache = part(self._norm("attn_norm", x), values)
+        attention = self.part(Attention, c.attention, "attn")
+        y, cache = attention(self._norm("attn_norm", x), values)
         return (self._norm("attn_post_norm", y) if c.post_norm else y), cache
 
     def _feed(self, x, values: Pass):
@@ -63,8 +56,7 @@ class Block(nn.Module):
             return jnp.zeros_like(x)
         dense = isinstance(c.ffn, MLPConfig)
         kind, name = (MLP, "mlp") if dense else (MoEModule, "moe")
-        part = kind(c.ffn, self.width, self.std, self.out_std, self.dtype, name=name)
-        y = part(self._norm("mlp_norm", x), values)
+        y = self.part(kind, c.ffn, name)(self._norm("mlp_norm", x), values)
         return self._norm("mlp_post_norm", y) if c.post_norm else y
 
 
