@@ -58,6 +58,10 @@ class Sparse(Weight):
     def _flags(self):
         return unpack((self.mask,), 1, self.features).astype(bool)
 
+    def full_codes(self) -> UInt8[Array, "*lead out in"]:
+        """Codes of quantized values at their places; arbitrary off the mask."""
+        return _expand(self.values.codes(), self._flags())
+
     def materialize(self):
         flags = self._flags()
         packed = isinstance(self.values, Quantized)

@@ -53,6 +53,7 @@ def read_raw_config(folder: str | Path) -> dict[str, Any]:
 def load_folder(folder: str | Path, dtype: str = "float32") -> Model:
     """The model of a Hugging Face folder (``config.json`` and safetensors).
 
+    Packed weights (a ``quantization_config``) stay packed: see ``models.exchange``.
     Names, shapes and types are checked from the headers before a tensor is read;
     then host memory holds the model and one tensor.
 
@@ -62,6 +63,10 @@ def load_folder(folder: str | Path, dtype: str = "float32") -> Model:
         non-finite tensors; truncated or damaged files.
     """
     folder = Path(folder)
+    if settings := read_raw_config(folder).get(QUANTIZATION):
+        from jaxllm.models.exchange import load_quantized
+
+        return load_quantized(folder, settings, dtype)
     config = read_folder_config(folder, dtype)
     params = read_dense(folder, open_folder(folder), config, make_plan(config), dtype)
     return Model(params, config)
