@@ -10,7 +10,6 @@ memory figures. The exit status counts the failures.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -48,8 +47,8 @@ def compile_for(device, function, *shapes):
     placed = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes
     )
-    gpu = device.platform != "tpu"
-    with compat.pretend_gpu() if gpu else contextlib.nullcontext():
+    tpu = device.platform == "tpu"
+    with compat.pretend_tpu(device) if tpu else compat.pretend_gpu():
         return jax.jit(function).lower(*placed).compile()
 
 

@@ -13,11 +13,14 @@ VERSION = jax.__version_info__
 HOPPER = ("NVIDIA H200", 132)  # device kind and number of multiprocessors
 
 
-def load(ref, layout):
-    """A Mosaic GPU load in a register layout (an index came first before 0.11)."""
+def load(ref, layout, optimized: bool = True):
+    """A Mosaic GPU load in a register layout (an index came first before 0.11).
+
+    ``optimized=False`` allows one element at a time, as loads from device memory need.
+    """
     if VERSION < (0, 11):
-        return plgpu.load(ref, (), layout=layout)
-    return plgpu.load(ref, layout=layout)
+        return plgpu.load(ref, (), layout=layout, optimized=optimized)
+    return plgpu.load(ref, layout=layout, optimized=optimized)
 
 
 def transposed(ref):
@@ -32,6 +35,15 @@ def pretend_gpu() -> Iterator[None]:
     """Trace Mosaic GPU kernels for a Hopper GPU on a machine that has none."""
     device = AbstractDevice(HOPPER[0], HOPPER[1], "gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        yield
+
+
+@contextlib.contextmanager
+def pretend_tpu(device) -> Iterator[None]:
+    """Trace Pallas TPU kernels for a compile-only TPU ``device`` on any machine."""
+    described = AbstractDevice(device.device_kind, 1, "tpu")
+    mesh = AbstractMesh((), (), abstract_device=described)
+    with jax.sharding.use_abstract_mesh(mesh):
         yield
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pallas_kernels.op import Op
+from pallas_kernels.quantized_matmul import tpu
 from pallas_kernels.quantized_matmul.cases import CASES
 from pallas_kernels.quantized_matmul.reference import quantized_matmul
 
-op = Op("quantized_matmul", quantized_matmul, {}, CASES)
+KERNELS = {"tpu": tpu.quantized_matmul}
+
+op = Op("quantized_matmul", quantized_matmul, KERNELS, CASES)

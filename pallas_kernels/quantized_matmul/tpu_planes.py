@@ -1,0 +1,458 @@
+"""The TPU kernel behind every packed product: y = sum over planes of x W_plane.
+
+A plane holds codes of 1, 2, 4 or 8 bits, [out, in] with ``in`` packed in the minor
+axis, exactly as stored. A byte holds neighbouring inputs, so codes peeled from a row
+of bytes with one shift belong to every second (4 bits), fourth ... input: ``x`` is put
+in that order instead of the weights (``interleaved``), 128 bytes at a time.
+
+Two bodies share everything but the place of the scale:
+
+* ``folded`` (many rows): codes times scale go to a bfloat16 tile, one long product
+  follows. The scale of each block is spread over the lanes by a product with 0/1.
+* ``split`` (few rows): row b M + m of the left operand is row m of x where block b is,
+  zero elsewhere; the product then keeps blocks apart, and the scale multiplies a few
+  rows of float32 partial sums instead of the whole weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+NT = (((1,), (1,)), ((), ()))  # contract the minor axes: x W^T
+NN = (((1,), (0,)), ((), ()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How the codes of a plane of ``part`` bits become small integers.
+
+    Codes stand in the high bits of an int8 (``signed``: the value is the integer over
+    2^(8 - part), after ``flip``) or in its low bits. ``flip`` is xored in: 0x80 centres
+    an offset code, 0 leaves two's complement. ``fill`` is set below the code: half a
+    step, which makes one bit -1/2 or +1/2. ``levels`` are looked up by the low bits.
+    ``factor`` multiplies the result.
+    """
+
+    part: int
+    signed: bool = True
+    flip: int = 0x80
+    fill: int = 0
+    levels: tuple[float, ...] | None = None
+    factor: float = 1.0
+
+    @property
+    def phases(self) -> int:
+        return 8 // self.part
+
+    @property
+    def multiplier(self) -> float:
+        """What the scale is multiplied by, since ``read`` leaves codes shifted."""
+        return self.factor * (2.0 ** (self.part - 8) if self.signed else 1.0)
+
+    def read(self, words, phase: int):
+        """int8 (or the level) of the codes of one phase, from int32 words of bytes."""
+        low = phase * self.part
+        if self.signed:
+            up = 8 - self.part - low
+            mask = _bytes(0xFF & (0xFF << (8 - self.part)))
+            high = lax.shift_left(words, jnp.int32(up)) if up else words
+            value = high & mask if self.part < 8 else high
+            value = value ^ _bytes(self.flip) if self.flip else value
+            value = value | _bytes(self.fill) if self.fill else value
+        else:
+            down = lax.shift_right_logical(words, jnp.int32(low)) if low else words
+            value = down & _bytes(2**self.part - 1)
+        codes = pltpu.bitcast(value, jnp.int8)
+        return codes if self.levels is None else _look_up(self.levels, codes)
+
+
+def _bytes(value: int) -> Array:
+    """A byte repeated through an int32 word."""
+    word = int.from_bytes(bytes([value]) * 4, "little", signed=True)
+    return jnp.int32(word)
+
+
+def _look_up(levels: tuple[float, ...], codes):
+    """levels[codes] by a gather within the lanes of a table."""
+    index = codes.astype(jnp.int32)
+    lane = lax.broadcasted_iota(jnp.int32, index.shape, 1)
+    table = functools.reduce(
+        lambda rest, level: jnp.where(lane == level[0], level[1], rest),
+        enumerate(levels),
+        jnp.zeros(index.shape, jnp.float32),
+    )
+    return jnp.take_along_axis(table, index, axis=1, mode="promise_in_bounds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Tile sizes: ``rows`` of x, ``columns`` of y, ``inputs`` a step.
+
+    ``split`` keeps blocks apart in the product (few rows) instead of folding the scale
+    into the weight.
+    """
+
+    rows: int
+    columns: int
+    inputs: int
+    split: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How bytes, blocks of scale and lanes divide each other."""
+
+    inputs: int
+    block: int  # inputs that share a scale
+    readings: tuple[Reading, ...]
+
+    def __post_init__(self):
+        for reading in self.readings:
+            if self.inputs % reading.phases or self.row(reading) % self.lanes(reading):
+                raise NotImplementedError(
+                    f"{self.inputs} inputs of {reading.part} bits are no whole number "
+                    f"of {LANES}-byte pieces"
+                )
+            slot, span = self.slot(reading), self.span(reading)
+            if self.blocks > 1 and (
+                self.inputs % self.block
+                or self.block % reading.phases
+                or self.lanes(reading) % slot
+                or span % slot
+            ):
+                raise NotImplementedError(
+                    f"blocks of {self.block} among {self.inputs} inputs do not divide "
+                    f"the {LANES} lanes at {reading.part} bits"
+                )
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.inputs // self.block)
+
+    def row(self, reading: Reading) -> int:
+        """Bytes of one output."""
+        return self.inputs // reading.phases
+
+    def lanes(self, reading: Reading) -> int:
+        """Bytes of one piece: 128, or the whole of a short row."""
+        return min(LANES, self.row(reading))
+
+    def span(self, reading: Reading) -> int:
+        """Bytes of one block."""
+        return self.block // reading.phases
+
+    def slot(self, reading: Reading) -> int:
+        """Bytes of one piece that share a scale."""
+        return max(1, min(self.span(reading), self.lanes(reading)))
+
+    def slots(self, reading: Reading) -> int:
+        return self.lanes(reading) // self.slot(reading)
+
+    def tile(self, wanted: int) -> int:
+        """The largest dividing number of inputs up to ``wanted``, in whole pieces."""
+        unit = max(self.lanes(r) * r.phases for r in self.readings)
+        pieces = self.inputs // unit
+        fits = [n for n in range(1, pieces + 1) if pieces % n == 0]
+        return unit * max(n for n in fits if n == 1 or n * unit <= wanted)
+
+    def tuning(self, rows: int, outputs: int) -> Tuning:
+        """Tiles for these shapes: long and thin for few rows, square for many."""
+        split = rows * max(map(self.slots, self.readings)) <= 64
+        return Tuning(
+            rows=min(rows, 1024),
+            columns=min(outputs, 512),
+            inputs=self.tile(4096 if rows <= 64 else 1024),
+            split=split,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """The split body's rows: ``pieces[i]`` pieces of plane i share eight sublanes."""
+
+    rows: int
+    pieces: tuple[int, ...]
+
+    @classmethod
+    def of(cls, plan: Plan, rows: int, inputs: int) -> Groups:
+        """As many pieces together as fill eight rows; rows padded where none do."""
+        rows = rows if rows < 8 else -(-rows // 8) * 8
+        while True:
+            pieces = tuple(
+                math.gcd(
+                    max(1, 8 // (plan.slots(r) * rows))
+                    if plan.span(r) <= plan.lanes(r)
+                    else 1,
+                    inputs // (plan.lanes(r) * r.phases),
+                )
+                for r in plan.readings
+            )
+            heights = (
+                n * plan.slots(r) * rows
+                for n, r in zip(pieces, plan.readings, strict=True)
+            )
+            if all(height % 8 == 0 for height in heights):
+                return cls(rows, pieces)
+            rows += 1
+
+
+def interleaved(x, phases: int, lanes: int):
+    """x with its inputs in the order of the codes: piece, phase, byte."""
+    rows, inputs = x.shape
+    pieces = x.reshape(rows, inputs // (phases * lanes), lanes, phases)
+    return pieces.swapaxes(2, 3).reshape(rows, inputs)
+
+
+def separated(x, plan: Plan, reading: Reading, group: int):
+    """Row b M + m: row m of ordered x where slot b of its group is, zero elsewhere."""
+    rows, inputs = x.shape
+    lanes = plan.lanes(reading)
+    place = jnp.arange(inputs)
+    byte = place // (lanes * reading.phases) % group * lanes + place % lanes
+    slots = jnp.arange(group * plan.slots(reading))
+    here = byte // plan.slot(reading) == slots[:, None]
+    return jnp.where(here[:, None], x[None], 0).reshape(-1, inputs)
+
+
+def _halves(values) -> tuple[Array, ...]:
+    """bfloat16 terms whose sum is the values to 2^-17."""
+    high = values.astype(jnp.bfloat16)
+    if values.dtype == jnp.bfloat16:
+        return (high,)
+    wide = values.astype(jnp.float32)
+    return high, (wide - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def _dot(a, b, dimensions=NT):
+    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _precise(a, b):
+    """a b^T of float32 values in three bfloat16 products."""
+    (a0, a1), (b0, b1) = _halves(a), _halves(b)
+    return _dot(a0, b0) + (_dot(a0, b1) + _dot(a1, b0))
+
+
+def _spread(scale, plan: Plan, reading: Reading, start, count: int):
+    """The scale [outputs, blocks] of each of ``count`` bytes, by a 0/1 product."""
+    if plan.blocks == 1:
+        return scale.astype(jnp.float32) * reading.multiplier
+    shape = (plan.blocks, count)
+    byte = start + lax.broadcasted_iota(jnp.int32, shape, 1)
+    block = lax.broadcasted_iota(jnp.int32, shape, 0)
+    inside = (byte // plan.span(reading) == block).astype(jnp.bfloat16)
+    return sum(_dot(h, inside, NN) for h in _halves(scale)) * reading.multiplier
+
+
+def _folded(x, words, scale, acc_ref, tile_ref, *, plan, reading, step):
+    """acc += x (codes scale)^T; the weight's tile is built in VMEM first."""
+    lanes, count = plan.lanes(reading), words.shape[1]
+    spread = _spread(scale, plan, reading, step * count, count)
+    for start in range(0, count, lanes):
+        piece = words[:, start : start + lanes]
+        factor = spread if plan.blocks == 1 else spread[:, start : start + lanes]
+        for phase in range(reading.phases):
+            value = reading.read(piece, phase).astype(jnp.float32) * factor
+            to = start * reading.phases + phase * lanes
+            tile_ref[:, to : to + lanes] = value.astype(tile_ref.dtype)
+    acc_ref[...] += _dot(x, tile_ref[...])
+
+
+def _scale_rows(scale, plan: Plan, reading: Reading, group: int, height: int, start):
+    """The scale that multiplies each row of partial sums: [groups height, outputs]."""
+    lanes, slot = plan.lanes(reading), plan.slot(reading)
+    slots = group * plan.slots(reading)
+    groups = start[1] // (group * lanes)
+    shape = (groups * height, plan.blocks)
+    row = lax.broadcasted_iota(jnp.int32, shape, 0)
+    within = row % height // (height // slots)
+    byte = start[0] + row // height * (group * lanes) + within * slot
+    block = jnp.minimum(byte // plan.span(reading), plan.blocks - 1)
+    chosen = block == lax.broadcasted_iota(jnp.int32, shape, 1)
+    chosen = chosen.astype(jnp.bfloat16)
+    return sum(_dot(chosen, h) for h in _halves(scale)) * reading.multiplier
+
+
+def _split(x, words, scale, acc_ref, *, plan, reading, group, step):
+    """acc[b M + m] += scale_b (x_m where block b is) codes^T, group by group."""
+    lanes, count, height = plan.lanes(reading), words.shape[1], x.shape[0]
+    factors = _scale_rows(scale, plan, reading, group, height, (step * count, count))
+    total = jnp.zeros(acc_ref.shape, jnp.float32)
+    for index, first in enumerate(range(0, count, group * lanes)):
+        sums = jnp.zeros(acc_ref.shape, jnp.float32)
+        for start in range(first, first + group * lanes, lanes):
+            piece = words[:, start : start + lanes]
+            for phase in range(reading.phases):
+                codes = reading.read(piece, phase).astype(x.dtype)
+                at = start * reading.phases + phase * lanes
+                sums += _dot(x[:, at : at + lanes], codes)
+        total += sums * factors[index * height : (index + 1) * height]
+    acc_ref[...] += total
+
+
+def _fold_rows(partial, rows: int):
+    """y[m] = sum over b of partial[b M + m]."""
+    height = partial.shape[0]
+    if rows % 8 == 0:
+        return partial.reshape(height // rows, rows, -1).sum(0)
+    shape = (rows, height)
+    own = lax.broadcasted_iota(jnp.int32, shape, 1) % rows
+    mine = (own == lax.broadcasted_iota(jnp.int32, shape, 0)).astype(jnp.float32)
+    return lax.dot_general(
+        mine,
+        partial,
+        NN,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _body(*refs, plan: Plan, tuning: Tuning, groups, counts, shift):
+    """One step of the grid (rows, outputs, inputs)."""
+    it = iter(refs)
+    x, planes, scales, extra, sums, low_rank = (
+        [next(it) for _ in range(count)] for count in counts
+    )
+    out_ref, *scratch = it
+    step = pl.program_id(2)
+    accumulators = scratch[: len(planes)] if tuning.split else scratch[:1]
+
+    @pl.when(step == 0)
+    def _():
+        for acc_ref in accumulators:
+            acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    for i, reading in enumerate(plan.readings):
+        words = pltpu.bitcast(planes[i][...], jnp.int32)
+        scale = scales[i % len(scales)][...]
+        own_x = x[i % len(x)][...]
+        same = dict(plan=plan, reading=reading, step=step)
+        if tuning.split:
+            acc_ref = accumulators[i]
+            _split(own_x, words, scale, acc_ref, group=groups.pieces[i], **same)
+        else:
+            _folded(own_x, words, scale, scratch[0], scratch[1], **same)
+
+    @pl.when(step == pl.num_programs(2) - 1)
+    def _():
+        if tuning.split:
+            y = sum(_fold_rows(acc[...], groups.rows) for acc in accumulators)
+        else:
+            y = scratch[0][...]
+        if sums:
+            offsets = shift(*(s[...] for s in scales), *(e[...] for e in extra))
+            y += _precise(sums[0][...], offsets.astype(jnp.float32))
+        if low_rank:
+            y += _dot(low_rank[0][...], low_rank[1][...], NN)
+        out_ref[...] = y.astype(out_ref.dtype)
+
+
+def product(
+    x,
+    planes: tuple,
+    scales: tuple,
+    readings: tuple[Reading, ...],
+    *,
+    block: int | None,
+    shift: Callable | None = None,
+    extra: tuple = (),
+    low_rank: tuple | None = None,
+    tuning: Tuning | None = None,
+    interpret: bool = False,
+):
+    """y = sum_p x (scale_p code_p)^T + sums(x) shift(scales, extra)^T + (x L) R.
+
+    ``scales`` and ``extra`` are [out, blocks] (one scale per plane, or one for all);
+    ``shift`` makes from their tiles what multiplies the block sums of x. Leading axes
+    of x are rows. NotImplementedError says what the lanes cannot serve.
+    """
+    outputs, inputs = planes[0].shape[0], x.shape[-1]
+    if outputs % 32:
+        raise NotImplementedError(f"{outputs} outputs: no multiple of 32 sublanes")
+    blocks = scales[0].shape[-1]
+    plan = Plan(inputs, inputs if blocks == 1 else block, readings)
+    rows = x.reshape(-1, inputs)
+    if len(rows) == 0:
+        raise NotImplementedError("x has no rows")
+    tuning = tuning or plan.tuning(len(rows), outputs)
+    y = _call(rows, planes, scales, extra, shift, low_rank, plan, tuning, interpret)
+    return y[: len(rows)].reshape(*x.shape[:-1], outputs)
+
+
+def _call(x, planes, scales, extra, shift, low_rank, plan, tuning, interpret):
+    outputs, dtype = planes[0].shape[0], x.dtype
+    groups = None
+    if tuning.split:
+        groups = Groups.of(plan, len(x), tuning.inputs)
+        x = jnp.pad(x, ((0, groups.rows - len(x)), (0, 0)))
+        tuning = dataclasses.replace(tuning, rows=len(x))
+    ordered, heights = [], []
+    for i, reading in enumerate(plan.readings):
+        own = interleaved(x, reading.phases, plan.lanes(reading))
+        if tuning.split:
+            own = separated(own, plan, reading, groups.pieces[i])
+        ordered.append(own)
+        heights.append(len(own) if tuning.split else tuning.rows)
+    if len({r.part for r in plan.readings}) == 1:
+        ordered, x_heights = ordered[:1], heights[:1]
+    else:
+        x_heights = heights
+    bm, bn, bk = tuning.rows, tuning.columns, tuning.inputs
+    sums = ()
+    if shift is not None:
+        wide = x.astype(jnp.float32).reshape(len(x), plan.blocks, -1)
+        sums = (wide.sum(-1),)
+    low = ()
+    if low_rank is not None:
+        left, right = low_rank
+        low = (jnp.dot(x, left, preferred_element_type=jnp.float32), right)
+        low = tuple(a.astype(dtype) for a in low)
+    in_specs = [
+        *(pl.BlockSpec((h, bk), lambda m, n, k: (m, k)) for h in x_heights),
+        *(
+            pl.BlockSpec((bn, bk // r.phases), lambda m, n, k: (n, k))
+            for r in plan.readings
+        ),
+        *(
+            pl.BlockSpec((bn, a.shape[1]), lambda m, n, k: (n, 0))
+            for a in (*scales, *extra)
+        ),
+        *(pl.BlockSpec((bm, a.shape[1]), lambda m, n, k: (m, 0)) for a in sums),
+        *(pl.BlockSpec((bm, a.shape[1]), lambda m, n, k: (m, 0)) for a in low[:1]),
+        *(pl.BlockSpec((a.shape[0], bn), lambda m, n, k: (0, n)) for a in low[1:]),
+    ]
+    if tuning.split:
+        scratch = [pltpu.VMEM((h, bn), jnp.float32) for h in heights]
+    else:
+        scratch = [pltpu.VMEM((bm, bn), jnp.float32), pltpu.VMEM((bn, bk), dtype)]
+    groups_of = [ordered, planes, scales, extra, sums, low]
+    return pl.pallas_call(
+        functools.partial(
+            _body,
+            plan=plan,
+            tuning=tuning,
+            groups=groups,
+            counts=tuple(map(len, groups_of)),
+            shift=shift,
+        ),
+        out_shape=jax.ShapeDtypeStruct((len(x), outputs), dtype),
+        grid=(pl.cdiv(len(x), bm), pl.cdiv(outputs, bn), plan.inputs // bk),
+        in_specs=in_specs,
+        out_specs=pl.BlockSpec((bm, bn), lambda m, n, k: (m, n)),
+        scratch_shapes=scratch,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
+        interpret=interpret,
+        name="packed_product",
+    )(*(a for group in groups_of for a in group))
