@@ -14,10 +14,21 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from pallas_kernels.backend import Backend, KernelFallback, current, use
+from pallas_kernels.backend import Backend, KernelFallback, Survey, current, fall_back, survey, use
 from pallas_kernels.op import Case, Op
 
-__all__ = ["Backend", "Case", "KernelFallback", "Op", "current", "ops", "use"]
+__all__ = [
+    "Backend",
+    "Case",
+    "KernelFallback",
+    "Op",
+    "Survey",
+    "current",
+    "fall_back",
+    "ops",
+    "survey",
+    "use",
+]
 
 
 def ops() -> dict[str, Op]:

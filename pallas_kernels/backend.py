@@ -24,6 +24,18 @@ class KernelFallback(UserWarning):
     """An op runs its plain JAX reference on a device that could have had a kernel."""
 
 
+@dataclasses.dataclass(eq=False)
+class Survey:
+    """What has no kernel: reasons by op, as they are met while tracing."""
+
+    missing: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    def add(self, op: str, reason: str) -> None:
+        reasons = self.missing.setdefault(op, [])
+        if reason not in reasons:
+            reasons.append(reason)
+
+
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """``auto``: this device's kernel, else the reference with one warning; ``strict``:
@@ -35,6 +47,8 @@ class Backend:
 
     name: str = "auto"
     interpret: bool = False
+    assumed: str | None = None  # the platform that a survey asks about
+    survey: Survey | None = None
 
     def __post_init__(self):
         if self.name not in NAMES:
@@ -42,7 +56,8 @@ class Backend:
 
     @property
     def platform(self) -> str:
-        return self.name if self.name in PLATFORMS else jax.default_backend()
+        forced = self.name if self.name in PLATFORMS else self.assumed
+        return forced or jax.default_backend()
 
     @property
     def strict(self) -> bool:
@@ -60,17 +75,48 @@ def use(name: str, *, interpret: bool = False) -> Iterator[Backend]:
         yield backend
 
 
+@contextlib.contextmanager
+def survey(platform: str | None = None) -> Iterator[Survey]:
+    """Collect which ops would fall back on ``platform`` (default: this one).
+
+    Trace inside, for instance with ``jax.eval_shape``; nothing warns or raises.
+    """
+    if platform not in (None, *PLATFORMS):
+        raise ValueError(f"platform {platform!r}; accepted: {', '.join(PLATFORMS)}")
+    found = Survey()
+    with _chosen(Backend(assumed=platform, survey=found)):
+        yield found
+
+
 def current() -> Backend:
     """The backend in force where this is called (or traced)."""
     return _chosen.value
 
 
+def fall_back(op: str, reason: str) -> None:
+    """Say that ``op`` runs in plain JAX here: the caller goes on with its reference.
+
+    A survey notes it, a CPU is silent (the reference serves CPUs), other devices warn
+    once per process and reason.
+
+    Raises:
+      NotImplementedError: The backend is strict, or forced to a platform.
+    """
+    chosen = current()
+    if chosen.survey is not None:
+        chosen.survey.add(op, reason)
+    elif chosen.name in PLATFORMS or (chosen.strict and chosen.platform != "cpu"):
+        raise NotImplementedError(reason)
+    elif chosen.platform != "cpu" and chosen.name != "reference":
+        warn_once(op, chosen.platform, reason)
+
+
 @functools.cache
 def warn_once(op: str, platform: str, reason: str) -> None:
-    """Say once per process that ``op`` falls back, and why."""
+    """Warn the first time that these arguments are seen in this process."""
     warnings.warn(
-        f"{op} has no {platform} kernel here ({reason}); it runs its plain JAX "
-        "reference. use('strict') raises instead.",
+        f"{op} has no {platform} kernel here ({reason}); it runs in plain JAX. "
+        "use('strict') raises instead.",
         KernelFallback,
-        stacklevel=4,
+        stacklevel=5,
     )

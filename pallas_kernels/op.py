@@ -62,11 +62,7 @@ class Op:
         try:
             return self.on(platform, *args, interpret=chosen.interpret, **options)
         except NotImplementedError as missing:
-            if platform == "cpu" and chosen.name != "cpu":
-                return self.reference(*args, **options)  # the reference serves CPUs
-            if chosen.strict:
-                raise
-            backends.warn_once(self.name, platform, str(missing))
+            backends.fall_back(self.name, str(missing))
             return self.reference(*args, **options)
 
     def on(self, platform: str, *args, interpret: bool = False, **options):

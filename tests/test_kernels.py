@@ -180,6 +180,17 @@ class TestBackend:
         with pallas_kernels.use("gpu", interpret=True):
             assert op(jnp.ones(3)).sum() == 6
 
+    def test_survey_says_what_would_fall_back(self, op):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pallas_kernels.survey("gpu") as found:
+                jax.eval_shape(jax.jit(op), jnp.ones(3))
+                jax.eval_shape(jax.jit(op), jnp.ones((2, 2)))
+        assert found.missing == {"double": ["only vectors"]}
+        with pallas_kernels.survey("tpu") as found:
+            jax.eval_shape(jax.jit(op), jnp.ones(3))
+        assert found.missing == {"double": ["double has no kernel for tpu"]}
+
     def test_unknown(self):
         with (
             pytest.raises(ValueError, match="accepted: auto, strict"),
