@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pallas_kernels.block_sparse_attention import gpu, tpu
 from pallas_kernels.block_sparse_attention.blocks import block_index, top_blocks
 from pallas_kernels.block_sparse_attention.cases import CASES
 from pallas_kernels.block_sparse_attention.reference import block_sparse_attention
@@ -9,4 +10,10 @@ from pallas_kernels.op import Op
 
 __all__ = ["block_index", "op", "top_blocks"]
 
-op = Op("block_sparse_attention", block_sparse_attention, {}, CASES)
+op = Op(
+    "block_sparse_attention",
+    block_sparse_attention,
+    {"gpu": gpu.block_sparse_attention, "tpu": tpu.block_sparse_attention},
+    CASES,
+    own_gradient=frozenset({"tpu"}),
+)
