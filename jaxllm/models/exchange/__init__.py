@@ -7,13 +7,16 @@ from pathlib import Path
 
 from jaxllm.core.model import Model
 from jaxllm.models.exchange.awq import AWQ
+from jaxllm.models.exchange.compressed_tensors import CompressedTensors
 from jaxllm.models.exchange.folder import load_packed, save_folder
 from jaxllm.models.exchange.gptq import GPTQ
 from jaxllm.models.exchange.packing import Packing
 
 __all__ = ["FORMATS", "export_model", "load_quantized"]
 
-PACKINGS: Mapping[str, type[Packing]] = {kind.name: kind for kind in (GPTQ, AWQ)}
+PACKINGS: Mapping[str, type[Packing]] = {
+    kind.name: kind for kind in (GPTQ, AWQ, CompressedTensors)
+}
 FORMATS = tuple(PACKINGS)
 
 

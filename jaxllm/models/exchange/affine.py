@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxllm.core.formats import Integer
+from jaxllm.core.formats import ActivationFormat, Integer
 from jaxllm.core.packing import pack
 from jaxllm.core.weights import (
+    ActivationQuantized,
     Permutation,
     Quantized,
     Sparse,
@@ -31,8 +32,10 @@ from jaxllm.core.weights import (
 class Scheme:
     """Integers of ``bits``, one scale for ``block`` inputs (None: all of them).
 
-    The map is [features, outputs]. ``symmetric``: the zero point is 2^(bits - 1) everywhere. ``ordered``: the inputs
-    of a group are not neighbours (activation order).
+    The map is [features, outputs]. ``symmetric``: the zero point is 2^(bits - 1)
+    everywhere. ``dtype`` is that of the values. ``ordered``: the inputs of a group
+    are not neighbours (activation order). ``inputs`` is how the input of the map is
+    rounded first, if it is.
     """
 
     bits: int
@@ -40,7 +43,9 @@ class Scheme:
     block: int | None
     features: int
     outputs: int
+    dtype: str = "float32"
     ordered: bool = False
+    inputs: ActivationFormat | None = None
 
     @property
     def groups(self) -> int:
@@ -53,7 +58,10 @@ class Scheme:
     def __str__(self) -> str:
         kind = "symmetric" if self.symmetric else "asymmetric"
         block = "one group" if self.block is None else f"groups of {self.block}"
-        return f"{kind} int{self.bits} in {block}"
+        inputs = (
+            "" if self.inputs is None else f" with inputs of {self.inputs.bits} bits"
+        )
+        return f"{kind} int{self.bits} in {block}{inputs}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +92,27 @@ def scheme_of(w) -> Scheme:
         raise TypeError("has real-valued zero points")
     if inner.format.bits == 1:
         raise TypeError("has codes of one bit")
-    features, outputs = w.shape
-    ordered = isinstance(w, Transformed)
-    bits = inner.format.bits
-    return Scheme(bits, zero is None, inner.block, features, outputs, ordered)
+    return Scheme(
+        inner.format.bits,
+        zero is None,
+        inner.block,
+        *w.shape,
+        dtype=str(inner.dtype),
+        ordered=isinstance(w, Transformed),
+        inputs=w.format if isinstance(w, ActivationQuantized) else None,
+    )
+
+
+def _unwrapped(w):
+    """A weight without what happens to its input: another order, or rounding."""
+    if isinstance(w, Transformed) and isinstance(w.op, Permutation):
+        return w.inner
+    return w.inner if isinstance(w, ActivationQuantized) else w
 
 
 def _quantized(w) -> Quantized:
     """The quantized part of a weight that is nothing else at run time."""
-    if isinstance(w, Transformed) and isinstance(w.op, Permutation):
-        w = w.inner
+    w = _unwrapped(w)
     inner = w.values if isinstance(w, Sparse) else w
     if isinstance(inner, Quantized):
         return inner
@@ -144,7 +163,7 @@ class Stored:
 
 def _codes(w) -> np.ndarray:
     """Codes [in, out]; where a mask holds no value the code of zero."""
-    w = w.inner if isinstance(w, Transformed) else w
+    w = _unwrapped(w)
     if isinstance(w, Quantized):
         return np.asarray(w.codes()).T
     dense = np.asarray(w.full_codes()).T
@@ -187,6 +206,8 @@ def weight(a: Affine, dtype: str):
         a.scheme.features,
         str(dtype),
     )
+    if a.scheme.inputs is not None:
+        return ActivationQuantized(made, a.scheme.inputs)
     if a.order is None:
         return made
     return Transformed(Permutation(jnp.asarray(a.order, jnp.int32)), made)

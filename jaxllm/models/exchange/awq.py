@@ -39,6 +39,8 @@ class AWQ(Packing):
     )
 
     def refusal(self, scheme: Scheme) -> str | None:
+        if scheme.inputs is not None:
+            return "rounds its inputs"
         if scheme.bits != BITS:
             return f"has codes of {scheme.bits} bits"
         if scheme.ordered:

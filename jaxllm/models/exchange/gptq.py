@@ -46,6 +46,8 @@ class GPTQ(Packing):
     layouts = ("linear", "heads", "conv")
 
     def refusal(self, scheme: Scheme) -> str | None:
+        if scheme.inputs is not None:
+            return "rounds its inputs"
         if scheme.bits not in BITS:
             return f"has codes of {scheme.bits} bits"
         if scheme.features % ALIGNED or scheme.outputs % ALIGNED:
@@ -115,9 +117,8 @@ class GPTQ(Packing):
                     "accepted: patterns of layers that are left out, '-:...'"
                 )
         block = None if size == -1 else size
-        ordered = bool(settings.get("desc_act"))
         symmetric = bool(settings.get("sym"))
-        return lambda name, *shape: Scheme(bits, symmetric, block, *shape, ordered)
+        return lambda name, *shape: Scheme(bits, symmetric, block, *shape)
 
     def read(
         self, scheme: Scheme, tensors: Mapping[str, Tensor], settings: Settings
