@@ -210,13 +210,13 @@ def _place():
     return tuple(lax.axis_index(name) for name in ("batch", "head", "rows"))
 
 
-def _tile_start(plan: Plan, index, list_: int, step):
-    """The first key of a step's tile."""
+def _tile_id(plan: Plan, index, list_: int, step):
+    """The tile of keys that a step of a list attends to."""
     batch, head, rows = _place()
     first = rows * (ROWS * WARPGROUPS) + list_ * plan.rows
     row = jnp.minimum(lax.div(first, plan.block_q), index.shape[2] - 1)
     block = index[batch, head, row, lax.div(step, plan.parts)]
-    return block * plan.block_k + lax.rem(step, plan.parts) * plan.tuning.tile
+    return block * plan.parts + lax.rem(step, plan.parts)
 
 
 def _fetch(plan: Plan, q, k, v, index, bounds, *, k_s, v_s, k_full, v_full, k_free,
@@ -225,29 +225,31 @@ def _fetch(plan: Plan, q, k, v, index, bounds, *, k_s, v_s, k_full, v_full, k_fr
     plgpu.set_max_registers(40, action="decrease")
     batch, head, rows = _place()
     group = lax.div(head, q.shape[2] // k.shape[2])
-    stages, lists = plan.tuning.stages, range(plan.lists)
+    tile, stages = plan.tuning.tile, plan.tuning.stages
+    lists = range(plan.lists)
     live = [bounds[batch, head, rows * plan.lists + i, 1] for i in lists]
 
-    def start(i, step):
-        """Of the last visible tile at most: a list that is empty asks for nothing."""
-        return _tile_start(plan, index, i, jnp.clip(step, 0, live[i] - 1))
+    def tile_of(i, step):
+        """Fetched a step ahead; past the end it repeats the last, or the first."""
+        return _tile_id(plan, index, i, jnp.maximum(jnp.minimum(step, live[i] - 1), 0))
 
-    def advance(step, starts):
+    def advance(step, ids):
         slot = lax.rem(step, stages)
         for i in lists:
 
             @pl.when(step < live[i])
-            def _(at=(batch, pl.ds(starts[i], plan.tuning.tile), group), i=i):
+            def _(keys=pl.ds(ids[i] * tile, tile), i=i):
+                at = (batch, keys, group)
                 here = i * stages + slot
                 pl.when(step >= stages)(lambda: plgpu.barrier_wait(k_free.at[here]))
                 plgpu.copy_gmem_to_smem(k.at[at], k_s.at[here], k_full.at[here])
                 pl.when(step >= stages)(lambda: plgpu.barrier_wait(v_free.at[here]))
                 plgpu.copy_gmem_to_smem(v.at[at], v_s.at[here], v_full.at[here])
 
-        return tuple(start(i, step + 1) for i in lists)
+        return tuple(tile_of(i, step + 1) for i in lists)
 
     lax.fori_loop(0, functools.reduce(jnp.maximum, live), advance,
-                  tuple(start(i, 0) for i in lists))  # fmt: skip
+                  tuple(tile_of(i, 0) for i in lists))  # fmt: skip
 
 
 def _compute(plan: Plan, q, index, bounds, out, me, p_s, *, q_s, q_full, k_s, v_s,
@@ -268,22 +270,24 @@ def _compute(plan: Plan, q, index, bounds, out, me, p_s, *, q_s, q_full, k_s, v_
     def step(i, state, masked):
         slot = list_ * stages + lax.rem(i, stages)
         plgpu.barrier_wait(k_full.at[slot])
-        s = online.scores(queries, k_s.at[slot], swap)
+        s = online.scores((queries,), (k_s.at[slot],), swap)
         plgpu.barrier_arrive(k_free.at[slot])
         s, factor = online.logits(s, plan.scale, plan.soft_cap)
         if masked:
             s = _mask(plan, s, (rows * WARPGROUPS + me) * ROWS + plan.offset,
-                      _tile_start(plan, index, list_, i))  # fmt: skip
+                      _tile_id(plan, index, list_, i) * plan.tuning.tile)  # fmt: skip
         p, (acc, peak, total) = online.update(s, factor, state)
         half = p.astype(v_s.dtype)
         total = total + p.sum(axis=1)
         acc, peak, total, half = lax.optimization_barrier((acc, peak, total, half))
+        if swap:
+            plgpu.barrier_arrive(turn)
         plgpu.barrier_wait(v_full.at[slot])
         if swap:
-            swap()
-        acc = online.values(acc, half, v_s.at[slot], p_s and p_s.at[me])
+            plgpu.barrier_wait(turn)
+        acc = online.values(*acc, half, v_s.at[slot], p_s and p_s.at[me])
         plgpu.barrier_arrive(v_free.at[slot])
-        return acc, peak, total
+        return (acc,), peak, total
 
     if swap:
         pl.when(me == 1)(swap)
@@ -292,7 +296,7 @@ def _compute(plan: Plan, q, index, bounds, out, me, p_s, *, q_s, q_full, k_s, v_
     state = lax.fori_loop(full, live, functools.partial(step, masked=True), state)
     if swap:
         pl.when(me == 0)(swap)
-    acc, _, total = state
+    (acc,), _, total = state
     queries[...] = online.normalized(acc, total).astype(out.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(queries, out.at[batch, mine, head])
