@@ -54,7 +54,7 @@ def case_figures(topology: str, op: str, case: str) -> dict:
         kernels = {
             match[1]: slots(file.read_text())
             for file in Path(folder).glob(TABLES)
-            if (match := re.search(r"-\d+-(\w+?)(?:\.\d+)?-\d+-final_hlo", file.name))
+            if (match := re.match(r"\d+-(\w+)(?:\.\d+)?-\d+-final_hlo", file.name))
         }
     return {"topology": topology, "case": case, "kernels": kernels}
 

@@ -28,8 +28,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
+SUBLANES = 32  # of bytes
+FEW = 64  # rows of a decoding step
+VMEM = 40 * 2**20
 NT = (((1,), (1,)), ((), ()))  # contract the minor axes: x W^T
 NN = (((1,), (0,)), ((), ()))
+TN = (((0,), (0,)), ((), ()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +143,11 @@ class Plan:
     def blocks(self) -> int:
         return -(-self.inputs // self.block)
 
+    @property
+    def parts(self) -> list[int]:
+        """The widths of plane, each once."""
+        return list(dict.fromkeys(r.part for r in self.readings))
+
     def row(self, reading: Reading) -> int:
         """Bytes of one output."""
         return self.inputs // reading.phases
@@ -171,7 +180,7 @@ class Plan:
         return Tuning(
             rows=min(rows, 1024),
             columns=min(outputs, 512),
-            inputs=self.tile(4096 if rows <= 64 else 1024),
+            inputs=self.tile(4096 if rows <= FEW else 1024),
             split=split,
         )
 
@@ -213,6 +222,65 @@ def interleaved(x, phases: int, lanes: int):
     return pieces.swapaxes(2, 3).reshape(rows, inputs)
 
 
+def _permute(x_ref, out_ref, *, phases: int, lanes: int):
+    """``interleaved`` by a product with a permutation, piece by piece."""
+    width = phases * lanes
+    place = lax.broadcasted_iota(jnp.int32, (width, width), 1)
+    source = place % lanes * phases + place // lanes
+    chosen = source == lax.broadcasted_iota(jnp.int32, (width, width), 0)
+    chosen = chosen.astype(x_ref.dtype)
+    exact = lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None
+    for start in range(0, x_ref.shape[1], width):
+        moved = lax.dot_general(
+            x_ref[:, start : start + width],
+            chosen,
+            NN,
+            precision=exact,
+            preferred_element_type=jnp.float32,
+        )
+        out_ref[:, start : start + width] = moved.astype(out_ref.dtype)
+
+
+def in_order(x, plan: Plan, reading: Reading, interpret: bool):
+    """``interleaved`` x: few rows by XLA, which would copy many rows several times."""
+    lanes, phases = plan.lanes(reading), reading.phases
+    if phases == 1 or len(x) <= FEW:
+        return interleaved(x, phases, lanes)
+    rows, inputs = min(len(x), 256), plan.tile(2048)
+    tile = pl.BlockSpec((rows, inputs), lambda m, k: (m, k))
+    return pl.pallas_call(
+        functools.partial(_permute, phases=phases, lanes=lanes),
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        grid=(pl.cdiv(len(x), rows), plan.inputs // inputs),
+        in_specs=[tile],
+        out_specs=tile,
+        interpret=interpret,
+        name="order_inputs",
+    )(x)
+
+
+def block_sums(x, plan: Plan):
+    """float32 sums of x over each block: many rows by a product with 0/1."""
+    if len(x) <= FEW:
+        return x.astype(jnp.float32).reshape(len(x), plan.blocks, -1).sum(-1)
+    own = jnp.arange(plan.inputs)[:, None] // plan.block == jnp.arange(plan.blocks)
+    exact = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    own = own.astype(x.dtype)
+    return jnp.dot(x, own, precision=exact, preferred_element_type=jnp.float32)
+
+
+def _activations(x, plan: Plan, groups, interpret: bool) -> list:
+    """What each width of plane is multiplied with."""
+    found = {}
+    for i, reading in enumerate(plan.readings):
+        if reading.part not in found:
+            own = in_order(x, plan, reading, interpret)
+            if groups:
+                own = separated(own, plan, reading, groups.pieces[i])
+            found[reading.part] = own
+    return list(found.values())
+
+
 def separated(x, plan: Plan, reading: Reading, group: int):
     """Row b M + m: row m of ordered x where slot b of its group is, zero elsewhere."""
     rows, inputs = x.shape
@@ -233,25 +301,23 @@ def _halves(values) -> tuple[Array, ...]:
     return high, (wide - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
-def _dot(a, b, dimensions=NT):
+def _dot(a, b, dimensions=NN):
     return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
 def _precise(a, b):
-    """a b^T of float32 values in three bfloat16 products."""
+    """a b of float32 values in three bfloat16 products."""
     (a0, a1), (b0, b1) = _halves(a), _halves(b)
     return _dot(a0, b0) + (_dot(a0, b1) + _dot(a1, b0))
 
 
 def _spread(scale, plan: Plan, reading: Reading, start, count: int):
-    """The scale [outputs, blocks] of each of ``count`` bytes, by a 0/1 product."""
-    if plan.blocks == 1:
-        return scale.astype(jnp.float32) * reading.multiplier
+    """The scale [blocks, outputs] of each of ``count`` bytes, by a 0/1 product."""
     shape = (plan.blocks, count)
     byte = start + lax.broadcasted_iota(jnp.int32, shape, 1)
     block = lax.broadcasted_iota(jnp.int32, shape, 0)
     inside = (byte // plan.span(reading) == block).astype(jnp.bfloat16)
-    return sum(_dot(h, inside, NN) for h in _halves(scale)) * reading.multiplier
+    return sum(_dot(h, inside, TN) for h in _halves(scale)) * reading.multiplier
 
 
 def _folded(x, words, scale, acc_ref, tile_ref, *, plan, reading, step):
@@ -260,12 +326,12 @@ def _folded(x, words, scale, acc_ref, tile_ref, *, plan, reading, step):
     spread = _spread(scale, plan, reading, step * count, count)
     for start in range(0, count, lanes):
         piece = words[:, start : start + lanes]
-        factor = spread if plan.blocks == 1 else spread[:, start : start + lanes]
+        factor = spread[:, start : start + lanes]
         for phase in range(reading.phases):
             value = reading.read(piece, phase).astype(jnp.float32) * factor
             to = start * reading.phases + phase * lanes
             tile_ref[:, to : to + lanes] = value.astype(tile_ref.dtype)
-    acc_ref[...] += _dot(x, tile_ref[...])
+    acc_ref[...] += _dot(x, tile_ref[...], NT)
 
 
 def _scale_rows(scale, plan: Plan, reading: Reading, group: int, height: int, start):
@@ -295,7 +361,7 @@ def _split(x, words, scale, acc_ref, *, plan, reading, group, step):
             for phase in range(reading.phases):
                 codes = reading.read(piece, phase).astype(x.dtype)
                 at = start * reading.phases + phase * lanes
-                sums += _dot(x[:, at : at + lanes], codes)
+                sums += _dot(x[:, at : at + lanes], codes, NT)
         total += sums * factors[index * height : (index + 1) * height]
     acc_ref[...] += total
 
@@ -325,7 +391,7 @@ def _body(*refs, plan: Plan, tuning: Tuning, groups, counts, shift):
     )
     out_ref, *scratch = it
     step = pl.program_id(2)
-    accumulators = scratch[: len(planes)] if tuning.split else scratch[:1]
+    accumulators = scratch if tuning.split else scratch[:1]
 
     @pl.when(step == 0)
     def _():
@@ -335,25 +401,25 @@ def _body(*refs, plan: Plan, tuning: Tuning, groups, counts, shift):
     for i, reading in enumerate(plan.readings):
         words = pltpu.bitcast(planes[i][...], jnp.int32)
         scale = scales[i % len(scales)][...]
-        own_x = x[i % len(x)][...]
-        same = dict(plan=plan, reading=reading, step=step)
+        own_x = x[plan.parts.index(reading.part)][...]
+        same = {"plan": plan, "reading": reading, "step": step}
         if tuning.split:
-            acc_ref = accumulators[i]
-            _split(own_x, words, scale, acc_ref, group=groups.pieces[i], **same)
+            group = groups.pieces[i]
+            _split(own_x, words, scale, accumulators[i], group=group, **same)
         else:
-            _folded(own_x, words, scale, scratch[0], scratch[1], **same)
+            _folded(own_x, words, scale, *scratch, **same)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
         if tuning.split:
-            y = sum(_fold_rows(acc[...], groups.rows) for acc in accumulators)
+            y = sum(_fold_rows(acc[...], tuning.rows) for acc in accumulators)
         else:
-            y = scratch[0][...]
+            y = accumulators[0][...]
         if sums:
-            offsets = shift(*(s[...] for s in scales), *(e[...] for e in extra))
+            offsets = shift(*(ref[...] for ref in (*scales, *extra)))
             y += _precise(sums[0][...], offsets.astype(jnp.float32))
         if low_rank:
-            y += _dot(low_rank[0][...], low_rank[1][...], NN)
+            y += _dot(low_rank[0][...], low_rank[1][...])
         out_ref[...] = y.astype(out_ref.dtype)
 
 
@@ -373,76 +439,72 @@ def product(
     """y = sum_p x (scale_p code_p)^T + sums(x) shift(scales, extra)^T + (x L) R.
 
     ``scales`` and ``extra`` are [out, blocks] (one scale per plane, or one for all);
-    ``shift`` makes from their tiles what multiplies the block sums of x. Leading axes
-    of x are rows. NotImplementedError says what the lanes cannot serve.
+    ``shift`` makes from their transposed tiles what multiplies the block sums of x.
+    Leading axes of x are rows. NotImplementedError says what the lanes cannot serve.
     """
     outputs, inputs = planes[0].shape[0], x.shape[-1]
-    if outputs % 32:
-        raise NotImplementedError(f"{outputs} outputs: no multiple of 32 sublanes")
+    rows = x.reshape(-1, inputs)
+    if outputs % SUBLANES or not len(rows):
+        raise NotImplementedError(
+            f"{len(rows)} rows, {outputs} outputs: accepted are at least one row and "
+            f"a multiple of {SUBLANES} outputs"
+        )
     blocks = scales[0].shape[-1]
     plan = Plan(inputs, inputs if blocks == 1 else block, readings)
-    rows = x.reshape(-1, inputs)
-    if len(rows) == 0:
-        raise NotImplementedError("x has no rows")
     tuning = tuning or plan.tuning(len(rows), outputs)
+    # Narrow arrays lie on a TPU with the long axis minor: transposing moves nothing.
+    scales, extra = (tuple(a.T for a in group) for group in (scales, extra))
     y = _call(rows, planes, scales, extra, shift, low_rank, plan, tuning, interpret)
     return y[: len(rows)].reshape(*x.shape[:-1], outputs)
 
 
 def _call(x, planes, scales, extra, shift, low_rank, plan, tuning, interpret):
+    """Order the activations, then one kernel over (rows, outputs, inputs)."""
     outputs, dtype = planes[0].shape[0], x.dtype
     groups = None
     if tuning.split:
         groups = Groups.of(plan, len(x), tuning.inputs)
         x = jnp.pad(x, ((0, groups.rows - len(x)), (0, 0)))
-        tuning = dataclasses.replace(tuning, rows=len(x))
-    ordered, heights = [], []
-    for i, reading in enumerate(plan.readings):
-        own = interleaved(x, reading.phases, plan.lanes(reading))
-        if tuning.split:
-            own = separated(own, plan, reading, groups.pieces[i])
-        ordered.append(own)
-        heights.append(len(own) if tuning.split else tuning.rows)
-    if len({r.part for r in plan.readings}) == 1:
-        ordered, x_heights = ordered[:1], heights[:1]
-    else:
-        x_heights = heights
-    bm, bn, bk = tuning.rows, tuning.columns, tuning.inputs
-    sums = ()
-    if shift is not None:
-        wide = x.astype(jnp.float32).reshape(len(x), plan.blocks, -1)
-        sums = (wide.sum(-1),)
+        tuning = dataclasses.replace(tuning, rows=groups.rows)
+    ordered = _activations(x, plan, groups, interpret)
+    sums = () if shift is None else (block_sums(x, plan),)
     low = ()
     if low_rank is not None:
         left, right = low_rank
-        low = (jnp.dot(x, left, preferred_element_type=jnp.float32), right)
-        low = tuple(a.astype(dtype) for a in low)
+        low = (jnp.dot(x, left.astype(dtype)), right.astype(dtype))
+    bm, bn, bk = tuning.rows, tuning.columns, tuning.inputs
+
+    def row_blocks(arrays):
+        return [pl.BlockSpec((bm, a.shape[1]), lambda m, n, k: (m, 0)) for a in arrays]
+
+    def column_blocks(arrays):
+        return [pl.BlockSpec((a.shape[0], bn), lambda m, n, k: (0, n)) for a in arrays]
+
+    heights = {p: len(a) if groups else bm for p, a in zip(plan.parts, ordered)}
     in_specs = [
-        *(pl.BlockSpec((h, bk), lambda m, n, k: (m, k)) for h in x_heights),
+        *(pl.BlockSpec((h, bk), lambda m, n, k: (m, k)) for h in heights.values()),
         *(
             pl.BlockSpec((bn, bk // r.phases), lambda m, n, k: (n, k))
             for r in plan.readings
         ),
-        *(
-            pl.BlockSpec((bn, a.shape[1]), lambda m, n, k: (n, 0))
-            for a in (*scales, *extra)
-        ),
-        *(pl.BlockSpec((bm, a.shape[1]), lambda m, n, k: (m, 0)) for a in sums),
-        *(pl.BlockSpec((bm, a.shape[1]), lambda m, n, k: (m, 0)) for a in low[:1]),
-        *(pl.BlockSpec((a.shape[0], bn), lambda m, n, k: (0, n)) for a in low[1:]),
+        *column_blocks((*scales, *extra)),
+        *row_blocks((*sums, *low[:1])),
+        *column_blocks(low[1:]),
     ]
     if tuning.split:
-        scratch = [pltpu.VMEM((h, bn), jnp.float32) for h in heights]
+        scratch = [
+            pltpu.VMEM((heights[r.part], bn), jnp.float32) for r in plan.readings
+        ]
     else:
         scratch = [pltpu.VMEM((bm, bn), jnp.float32), pltpu.VMEM((bn, bk), dtype)]
-    groups_of = [ordered, planes, scales, extra, sums, low]
+    operands = [ordered, planes, scales, extra, sums, low]
     return pl.pallas_call(
         functools.partial(
             _body,
             plan=plan,
             tuning=tuning,
             groups=groups,
-            counts=tuple(map(len, groups_of)),
+            counts=tuple(map(len, operands)),
             shift=shift,
         ),
         out_shape=jax.ShapeDtypeStruct((len(x), outputs), dtype),
@@ -451,8 +513,9 @@ def _call(x, planes, scales, extra, shift, low_rank, plan, tuning, interpret):
         out_specs=pl.BlockSpec((bm, bn), lambda m, n, k: (m, n)),
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM,
         ),
         interpret=interpret,
         name="packed_product",
-    )(*(a for group in groups_of for a in group))
+    )(*(a for group in operands for a in group))
