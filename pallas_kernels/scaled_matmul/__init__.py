@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pallas_kernels.op import Op
+from pallas_kernels.scaled_matmul import tpu
 from pallas_kernels.scaled_matmul.cases import CASES
 from pallas_kernels.scaled_matmul.reference import scaled_matmul
 
-op = Op("scaled_matmul", scaled_matmul, {}, CASES)
+op = Op("scaled_matmul", scaled_matmul, {"tpu": tpu.scaled_matmul}, CASES)
