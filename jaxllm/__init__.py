@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         tokenizer_of,
     )
     from jaxllm.methods import parse
+    from pallas_kernels import backend
 
 _PLACES = {
     "jaxllm.core.compose": ("compose", "merge_adapters", "plan", "where"),
@@ -44,11 +45,13 @@ _PLACES = {
         "tokenizer_of",
     ),
     "jaxllm.methods": ("parse",),
+    "pallas_kernels": ("backend",),
 }
 
 __all__ = [
     "Model",
     "Monitor",
+    "backend",
     "calibrate",
     "combine",
     "compose",

@@ -14,7 +14,15 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from pallas_kernels.backend import Backend, KernelFallback, Survey, current, fall_back, survey, use
+from pallas_kernels.choice import (
+    Backend,
+    KernelFallback,
+    Survey,
+    backend,
+    current,
+    fall_back,
+    survey,
+)
 from pallas_kernels.op import Case, Op
 
 __all__ = [
@@ -23,11 +31,11 @@ __all__ = [
     "KernelFallback",
     "Op",
     "Survey",
+    "backend",
     "current",
     "fall_back",
     "ops",
     "survey",
-    "use",
 ]
 
 

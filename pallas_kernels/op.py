@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from pallas_kernels import backend as backends
+from pallas_kernels import choice
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,14 +55,14 @@ class Op:
     own_gradient: frozenset[str] = frozenset()
 
     def __call__(self, *args, **options):
-        chosen = backends.current()
+        chosen = choice.current()
         platform = chosen.platform
         if chosen.name == "reference":
             return self.reference(*args, **options)
         try:
             return self.on(platform, *args, interpret=chosen.interpret, **options)
         except NotImplementedError as missing:
-            backends.fall_back(self.name, str(missing))
+            choice.fall_back(self.name, str(missing))
             return self.reference(*args, **options)
 
     def on(self, platform: str, *args, interpret: bool = False, **options):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import aot, backend
+from pallas_kernels import aot, choice
 
 OPS = pallas_kernels.ops()
 PAIRS = [
@@ -159,25 +159,25 @@ class TestBackend:
 
     def test_strict_raises_where_auto_warns(self, op, monkeypatch):
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-        backend.warn_once.cache_clear()
+        choice.warn_once.cache_clear()
         with pytest.warns(pallas_kernels.KernelFallback, match="only vectors"):
             op(jnp.ones((2, 2)))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             op(jnp.ones((2, 2)))  # said once
         with (
-            pallas_kernels.use("strict"),
+            pallas_kernels.backend("strict"),
             pytest.raises(NotImplementedError, match="only vectors"),
         ):
             op(jnp.ones((2, 2)))
 
     def test_forced(self, op):
         with (
-            pallas_kernels.use("tpu"),
+            pallas_kernels.backend("tpu"),
             pytest.raises(NotImplementedError, match="no kernel for tpu"),
         ):
             op(jnp.ones(3))
-        with pallas_kernels.use("gpu", interpret=True):
+        with pallas_kernels.backend("gpu", interpret=True):
             assert op(jnp.ones(3)).sum() == 6
 
     def test_survey_says_what_would_fall_back(self, op):
@@ -194,12 +194,12 @@ class TestBackend:
     def test_unknown(self):
         with (
             pytest.raises(ValueError, match="accepted: auto, strict"),
-            pallas_kernels.use("cuda"),
+            pallas_kernels.backend("cuda"),
         ):
             pass
 
     def test_jit_traces_anew(self, op):
         with_jit = jax.jit(op)
         assert with_jit(jnp.ones(3)).sum() == 6
-        with pallas_kernels.use("tpu"), pytest.raises(NotImplementedError):
+        with pallas_kernels.backend("tpu"), pytest.raises(NotImplementedError):
             with_jit(jnp.ones(3))

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import pallas_kernels
 from jaxllm.core import compat, weights
 from jaxllm.core.model import Model, get
 from jaxllm.evaluate import energy
@@ -138,6 +139,7 @@ class Speed:
       joules_per_token: Of prompts and new tokens alike, or None.
       energy_source: The meter, or why there is none.
       device: Kind of the device.
+      plain: What ran in plain JAX for want of a kernel, with the reasons.
     """
 
     prefill: float
@@ -153,6 +155,7 @@ class Speed:
     joules_per_token: float | None
     energy_source: str
     device: str
+    plain: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -162,6 +165,7 @@ class Speed:
             f"prefill {self.prefill:,.0f}, decode {self.decode:,.0f} tokens per second "
             f"on {self.device} (batch {self.batch}, {self.prompt_tokens} + "
             f"{self.new_tokens} tokens, median of {self.repeats})"
+            + (f"; without a kernel: {', '.join(self.plain)}" if self.plain else "")
         )
 
 
@@ -221,7 +225,23 @@ def speed(
         joules_per_token=used.per(batch * (prompt + new) * repeats),
         energy_source=used.source,
         device=jax.devices()[0].device_kind,
+        plain=missing_kernels(model),
     )
+
+
+def missing_kernels(model: Model, platform: str | None = None) -> dict[str, list[str]]:
+    """What the model runs in plain JAX on ``platform`` for want of a kernel.
+
+    Ops and weight types by name, with each reason; nothing is computed. ``platform``
+    is ``gpu`` or ``tpu`` (default: this device's; a CPU misses nothing).
+    """
+    slots = min(256, model.config.max_length)
+    cache = jax.eval_shape(lambda: model.config.empty_cache(1, slots))
+    with pallas_kernels.survey(platform) as found:
+        for length in (slots, 1):  # a prompt, then a step
+            tokens = jax.ShapeDtypeStruct((1, length), np.int32)
+            jax.eval_shape(lambda m, t, c: m(t, cache=c), model, tokens, cache)
+    return found.missing
 
 
 def _workload(model: Model, batch: int, prompt, new, repeats: int) -> tuple[int, int]:

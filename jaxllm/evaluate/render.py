@@ -92,6 +92,11 @@ def _notes(steps: Sequence[dict[str, Any]]) -> str:
             f"warm-up, on {timed['device']}. Energy: {timed['energy_source']}."
         )
     notes += [f"* `{s['name']}`: {s['speed_up']}" for s in steps if s["speed_up"]]
+    for step in steps:
+        plain = (step["speed"] or {}).get("plain", {})
+        reasons = [f"{op} ({'; '.join(why)})" for op, why in plain.items()]
+        if reasons:
+            notes.append(f"* `{step['name']}`: no kernel for {', '.join(reasons)}")
     return "\n".join(notes)
 
 

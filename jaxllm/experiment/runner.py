@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+import pallas_kernels
 from jaxllm import checkpoint, methods
 from jaxllm.core.model import Model, check_finite
 from jaxllm.core.walk import Monitor
@@ -61,7 +62,8 @@ def run(
     if dry_run:
         return folder.path
     folder.open()
-    _Run(prepared, folder, progress, echo).all()
+    with pallas_kernels.backend(config.backend):
+        _Run(prepared, folder, progress, echo).all()
     return folder.path
 
 

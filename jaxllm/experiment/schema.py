@@ -92,7 +92,8 @@ class Experiment:
 
     ``model`` is ``builtin:tiny`` unless a pretraining makes its own. ``transforms``
     holds encoded specs (``core.spec.encode``), checked by ``load``. ``train`` is a
-    ``jaxllm.train.config.TrainConfig`` and runs after the transforms.
+    ``jaxllm.train.config.TrainConfig`` and runs after the transforms. ``backend``
+    ``strict`` stops where a kernel is missing, ``reference`` runs in plain JAX.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Experiment:
     train: Any = None
     output: str = "runs"
     seed: int = 0
+    backend: Literal["auto", "strict", "reference"] = "auto"
 
     def __post_init__(self):
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*", self.name):

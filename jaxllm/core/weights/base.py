@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import fall_back
+
 Solve = Callable[..., Any]
 Names = tuple[str | None, str | None]  # logical axes of [in, out]
 
@@ -37,7 +39,8 @@ class Weight(abc.ABC):
         """The same type with, for each leaf, its logical axis names (a tuple)."""
 
     def dot(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """x W in the dtype of x."""
+        """x W in the dtype of x; a kernel where the type and the device have one."""
+        fall_back(type(self).__name__, "no kernel reads how it is stored")
         return x @ self.materialize().astype(x.dtype)
 
     def rows(self, ids: Int[Array, "*ids"]) -> Float[Array, "*ids in"]:
@@ -78,6 +81,8 @@ def dot(x, w, *, group_sizes=None):
     rows of ``x`` [tokens, in] belong to expert 0, 1, ...
     """
     if group_sizes is not None:
+        if isinstance(w, Weight):
+            fall_back(type(w).__name__, "no kernel multiplies packed experts")
         return jax.lax.ragged_dot(x, materialize(w).astype(x.dtype), group_sizes)
     if isinstance(w, Weight):
         return w.dot(x)

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from jaxllm.core.arrays import Leaf, static
-from jaxllm.core.formats import Format
+from jaxllm.core.formats import Format, Integer, Levels
 from jaxllm.core.packing import pack, unpack
 from jaxllm.core.weights.base import Names, Weight, materialize
+from pallas_kernels.quantized_matmul import op as quantized_matmul
 
 
 @jax.tree_util.register_dataclass
@@ -67,6 +68,24 @@ class Quantized(Weight):
     def materialize(self):
         dense = self.decode(self.codes())
         return jnp.swapaxes(dense, -1, -2).astype(self.dtype)
+
+    def dot(self, x):
+        form = self.format
+        plain = self.planes[0].ndim == 2 and self.stored is None
+        if not plain or not isinstance(form, (Integer, Levels)):
+            return super().dot(x)
+        out = self.planes[0].shape[-2]
+        scale, zero = self.scale, self.zero
+        return quantized_matmul(
+            x,
+            self.planes,
+            _plain(scale, out) if isinstance(scale, Weight) else scale,
+            _plain(zero, out) if isinstance(zero, Weight) else zero,
+            bits=form.bits,
+            block=self.block,
+            levels=form.levels if isinstance(form, Levels) else None,
+            offset=form.offset if isinstance(form, Integer) else None,
+        )
 
     def rows(self, ids: Int[Array, "*ids"]):
         pick = lambda leaf: jnp.take(leaf, ids, axis=-2, mode="clip")  # noqa: E731

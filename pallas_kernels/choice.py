@@ -1,9 +1,9 @@
 """Which implementation of an op runs: chosen by the caller, else by the device.
 
-    with pallas_kernels.use("strict"):      # raise where a kernel is missing
+    with pallas_kernels.backend("strict"):      # raise where a kernel is missing
         logits = model(tokens)
 
-The choice is part of ``jit``'s cache key: entering ``use`` traces anew.
+The choice is part of ``jit``'s cache key: entering ``backend`` traces anew.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ _chosen = jax.make_user_context(Backend())
 
 
 @contextlib.contextmanager
-def use(name: str, *, interpret: bool = False) -> Iterator[Backend]:
+def backend(name: str, *, interpret: bool = False) -> Iterator[Backend]:
     """Run the ops called inside with this backend (see ``Backend``)."""
-    backend = Backend(name, interpret)
-    with _chosen(backend):
-        yield backend
+    chosen = Backend(name, interpret)
+    with _chosen(chosen):
+        yield chosen
 
 
 @contextlib.contextmanager
@@ -104,7 +104,8 @@ def fall_back(op: str, reason: str) -> None:
     """
     chosen = current()
     if chosen.survey is not None:
-        chosen.survey.add(op, reason)
+        if chosen.platform != "cpu":
+            chosen.survey.add(op, reason)
     elif chosen.name in PLATFORMS or (chosen.strict and chosen.platform != "cpu"):
         raise NotImplementedError(reason)
     elif chosen.platform != "cpu" and chosen.name != "reference":
@@ -115,8 +116,8 @@ def fall_back(op: str, reason: str) -> None:
 def warn_once(op: str, platform: str, reason: str) -> None:
     """Warn the first time that these arguments are seen in this process."""
     warnings.warn(
-        f"{op} has no {platform} kernel here ({reason}); it runs in plain JAX. "
-        "use('strict') raises instead.",
+        f"{op} has no {platform} kernel here ({reason}); it runs in plain JAX; "
+        "backend('strict') raises instead.",
         KernelFallback,
         stacklevel=5,
     )
