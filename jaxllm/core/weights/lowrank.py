@@ -77,6 +77,12 @@ class Sum(Weight):
             total = total + base.dot(x, term)
         return total
 
+    def rows(self, ids):
+        total = base.rows(self.terms[0], ids)
+        for term in self.terms[1:]:
+            total = total + base.rows(term, ids).astype(total.dtype)
+        return total
+
     def refine(self, solve, stats, support=None):
         main = base.refine(self.terms[0], solve, stats, support)
         return Sum((main, *self.terms[1:]))

@@ -192,10 +192,7 @@ def weight(a: Affine, dtype: str):
     Scales are kept exactly: as bfloat16 where that holds them, else as they are. Zero
     points that are all 2^(bits - 1) are those of the symmetric form.
     """
-    codes, scale = jnp.asarray(np.ascontiguousarray(a.codes.T)), a.scale.T
-    narrow = scale.astype(ml_dtypes.bfloat16)
-    if np.array_equal(narrow.astype(np.float32), scale.astype(np.float32)):
-        scale = narrow
+    codes, scale = jnp.asarray(np.ascontiguousarray(a.codes.T)), narrowed(a.scale.T)
     symmetric = bool((a.zero == a.scheme.middle).all())
     made = Quantized(
         pack(codes, a.scheme.bits),
@@ -211,6 +208,12 @@ def weight(a: Affine, dtype: str):
     if a.order is None:
         return made
     return Transformed(Permutation(jnp.asarray(a.order, jnp.int32)), made)
+
+
+def narrowed(scale: np.ndarray) -> np.ndarray:
+    """Scales as bfloat16 where that holds all of them, else as they are."""
+    fits = exact(scale, ml_dtypes.bfloat16)
+    return scale.astype(ml_dtypes.bfloat16) if fits else scale
 
 
 def exact(values: np.ndarray, dtype) -> bool:
