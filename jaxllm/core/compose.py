@@ -1,7 +1,7 @@
 """Transforms: pure functions from model to model, and how they compose.
 
 ``compress`` is the pipeline of a per-layer method (split -> solve -> correct), lifted
-over the model by the walk; ``rescale`` that of an equivalence over the sites.
+over the model by the walk.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxllm.core import weights
-from jaxllm.core.equivalences import fold
 from jaxllm.core.formats import ActivationFormat
-from jaxllm.core.model import Model, Site, get, layer_key, put, select
+from jaxllm.core.gradients import squared_gradients
+from jaxllm.core.model import Model, get, layer_key, put, select
 from jaxllm.core.spec import Expression, expression, marked, walk_expressions
-from jaxllm.core.stats import abstract_stats
+from jaxllm.core.stats import Stats, abstract_stats
 from jaxllm.core.walk import Monitor, Seen, walk
 from jaxllm.core.weights import ActivationQuantized, Sum, materialize, refine
 
@@ -175,8 +174,7 @@ def compress(solve=None, *, split=None, correct=None, activations=None):
 
 def compress_each(model: Model, context: Context, each: dict[str, Pipeline]) -> Model:
     """Each path through its own pipeline, in one walk."""
-    taps = {p: s.tap for s in model.config.sites() for p in s.consumers}
-    needs = total_needs(each.values())
+    needs, found = _statistics(model, context, each)
     for pipeline in dict.fromkeys(each.values()):
         _check_fit(pipeline, model, [p for p, own in each.items() if own == pipeline])
 
@@ -184,8 +182,8 @@ def compress_each(model: Model, context: Context, each: dict[str, Pipeline]) -> 
         for path, pipeline in each.items():
             if inside(path, block):
                 w = get(params, f"{path}.weight")
-                found = seen.stats[taps[path]] if pipeline.needs else None
-                made = _solved(pipeline, w, found, layer_key(context.key, path))
+                stats, key = found(seen, path), layer_key(context.key, path)
+                made = _solved(pipeline, w, stats, key)
                 params = put(params, f"{path}.weight", made)
         return params
 
@@ -199,6 +197,27 @@ def compress_each(model: Model, context: Context, each: dict[str, Pipeline]) -> 
         monitor=context.monitor,
         wants=wants,
     )
+
+
+def _statistics(model: Model, context: Context, each: dict[str, Pipeline]):
+    """What the walk collects, and a function (seen, path) -> statistics or None.
+
+    Squared gradients belong to a weight, not to its input: one pass brings them
+    before the walk.
+    """
+    taps = {p: s.tap for s in model.config.sites() for p in s.consumers}
+    needs = total_needs(each.values())
+    walked = tuple(n for n in needs if n != "fisher")
+    sloped = tuple(p for p, own in each.items() if "fisher" in own.needs)
+    slopes = squared_gradients(model, context.calibration, sloped) if sloped else {}
+
+    def found(seen: Seen, path: str) -> Stats | None:
+        if not each[path].needs:
+            return None
+        items = dict(seen.stats[taps[path]].items) if walked else {}
+        return Stats(items | ({"fisher": slopes[path]} if path in slopes else {}))
+
+    return walked, found
 
 
 def total_needs(pipelines) -> tuple[str, ...]:
@@ -283,67 +302,6 @@ def _check_fit(pipeline: Pipeline, model: Model, paths) -> None:
             jax.eval_shape(run, w, stats, jax.random.key(0))
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path}: {error}") from None
-
-
-@expression
-def rescale(equivalence, *, sites: str = "all"):
-    """The body of an equivalence method: every site with selected consumers.
-
-    ``sites`` "norm" takes those whose producer is a norm, "all" also those behind a
-    linear map. A site whose factor no producer can take is left alone.
-    """
-    if sites not in ("all", "norm"):
-        raise ValueError(f"sites {sites!r}; accepted: 'all', 'norm'")
-    linear = sites == "all"
-
-    def run(model: Model, context: Context) -> Model:
-        chosen = set(context.paths(model))
-        found = [
-            site
-            for site in model.config.sites()
-            if chosen.issuperset(site.consumers)
-            and site.producer is not None
-            and site.exclusive
-            and (linear or site.kind != "linear")
-        ]
-
-        def visit(params, block, seen: Seen):
-            for site in found:
-                if inside(site.consumers[0], block):
-                    stats = seen.stats[site.tap]
-                    params = _rescaled(equivalence, params, site, stats)
-            return params
-
-        wants = lambda b: any(inside(s.consumers[0], b) for s in found)  # noqa: E731
-        return walk(
-            model,
-            context.calibration,
-            equivalence.needs,
-            visit,
-            label="rescale",
-            monitor=context.monitor,
-            wants=wants,
-        )
-
-    return run
-
-
-def _rescaled(equivalence, params, site: Site, stats):
-    ws = tuple(get(params, f"{p}.weight") for p in site.consumers)
-    for path, w in zip(site.consumers, ws, strict=True):
-        if weights.compressed(w):
-            raise TypeError(f"{path} is {type(w).__name__}: rescale before compressing")
-    factor = _factor(equivalence, site, ws, stats)
-    return fold(params, site, factor)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _factor(equivalence, site: Site, ws, stats):
-    dense = tuple(w.astype(jnp.float32) for w in ws)
-    if dense[0].ndim == 2:
-        return equivalence(dense, stats, site)
-    one = lambda ws, stats: equivalence(ws, stats, site)  # noqa: E731
-    return jax.vmap(one)(dense, stats.pooled(FEW_TOKENS))
 
 
 @expression

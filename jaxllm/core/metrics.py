@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -17,10 +18,15 @@ from jaxllm.core.spec import expression
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """``importance`` [in], and the full ``matrix`` [in, in] where there is one."""
+    """``importance`` [in], and the full ``matrix`` [in, in] where there is one.
 
-    importance: Float[Array, "in"]
+    ``importance`` [in, out] is that of each weight. ``drift`` = E[(x~ - x) xT] is how
+    the inputs differ from those (x~) whose outputs are wanted.
+    """
+
+    importance: Float[Array, "in"] | Float[Array, "in out"]
     matrix: Float[Array, "in in"] | None = None
+    drift: Float[Array, "in in"] | None = None
 
     def full(self) -> Float[Array, "in in"]:
         return jnp.diag(self.importance) if self.matrix is None else self.matrix
@@ -60,3 +66,41 @@ def gram(damping: float = 0.01):
         return Metric(diagonal, h + jnp.diag(extra))
 
     return metric
+
+
+@expression
+def pivots(metric=gram()):
+    """1 / [H^-1]_ii of another metric H: what one error costs once others adapt."""
+
+    def diagonal_of(stats, count):
+        h = metric(stats, count).full()
+        eye = jnp.eye(len(h), dtype=h.dtype)
+        lower = jax.scipy.linalg.solve_triangular(
+            jnp.linalg.cholesky(h), eye, lower=True
+        )
+        return Metric(1 / (lower**2).sum(0))
+
+    return diagonal_of
+
+
+@expression(needs=("drift",))
+def asymmetric(metric=gram(), share: float = 0.25):
+    """The output error |W x~ - V x|^2 against the dense model's inputs x~ (GPTAQ).
+
+    ``share`` of the drift is corrected (the authors' code uses a quarter); expert
+    weights have none, since the two streams route tokens differently.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share {share}; accepted: 0 to 1")
+
+    def drifting(stats, count):
+        found = metric(stats, count)
+        return dataclasses.replace(found, drift=share * stats.drift.mean)
+
+    return drifting
+
+
+@expression(needs=("fisher",))
+def fisher():
+    """The squared gradient of the loss, weight by weight."""
+    return lambda stats, count: Metric(stats.fisher.mean)

@@ -2,7 +2,8 @@
 
 A rule is called as ``rule(block, format, importance) -> (scale, zero)`` with a block
 [inputs, out] in float32 and the importance [inputs] of each input (mean square, one
-where nothing is known); it returns [out] each, ``zero`` None for symmetric formats.
+where nothing is known) or of each weight [inputs, out]; it returns [out] each,
+``zero`` None for symmetric formats.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ def _range(block, format: Format, shrink=1.0):
     high = jnp.maximum(block.max(0), 0) * shrink
     scale = jnp.maximum((high - low) / (format.codes - 1), TINY)
     return scale, jnp.clip(jnp.round(-low / scale), 0, format.codes - 1)
+
+
+def per_entry(importance):
+    """The importance of inputs [in] as that of weights [in, 1], or as it is."""
+    return importance[:, None] if importance.ndim == 1 else importance
 
 
 @expression
@@ -64,7 +70,7 @@ def mse(smallest: float = 0.5, steps: int = 21, norm: float = 2.0):
     def rule(block, format, importance):
         def error(shrink):
             back = _rounded(block, format, _range(block, format, shrink))
-            return (jnp.abs(block - back) ** norm * importance[:, None]).sum(0)
+            return (jnp.abs(block - back) ** norm * per_entry(importance)).sum(0)
 
         shrinks = jnp.asarray(np.linspace(smallest, 1.0, steps), jnp.float32)
         best = shrinks[jax.lax.map(error, shrinks).argmin(0)]
@@ -93,7 +99,7 @@ def best_table(rule=absmax()):
         for table in format.tables:
             params = rule(block, table, importance)
             error = block - _rounded(block, table, params)
-            losses.append((error**2 * importance[:, None]).sum(0))
+            losses.append((error**2 * per_entry(importance)).sum(0))
             found.append(params[0])
         best = jnp.stack(losses).argmin(0)
         scale = jnp.take_along_axis(jnp.stack(found), best[None], 0)[0]
@@ -114,7 +120,7 @@ def least_squares(rule=absmax(), steps: int = 10):
 
     def refined(block, format, importance):
         start, zero = rule(block, format, importance)
-        weight = importance[:, None]
+        weight = per_entry(importance)
 
         def step(state, _):
             scale, best, least = state
@@ -295,8 +301,9 @@ def fit_all(
     short = -count % block
     pad = lambda x: jnp.pad(x, ((0, short), (0, 0)))  # noqa: E731
     blocks = pad(w).reshape(-1, block, out)
-    weights = jnp.pad(importance, (0, short), constant_values=target.filling)
-    weights = weights.reshape(-1, block)
+    sides = ((0, short), *[(0, 0)] * (importance.ndim - 1))
+    weights = jnp.pad(importance, sides, constant_values=target.filling)
+    weights = weights.reshape(-1, block, *importance.shape[1:])
     if support is None:
         found = jax.vmap(lambda b, i: target.fit(b, i, None))(blocks, weights)
     else:

@@ -52,14 +52,13 @@ def obs(target, metric=metrics.gram(), order: str = "given"):
 
     def solve(w, stats, key=None, support=None):
         _check(target, w)
-        found = metric(stats, len(w))
-        return _obs(target, w, found.full(), found.importance, order, support)
+        return _obs(target, w, metric(stats, len(w)), order, support)
 
     return solve
 
 
-def _obs(target, w, h, importance, order, support):
-    count = len(w)
+def _obs(target, w, found: metrics.Metric, order, support):
+    count, h, importance = len(w), found.full(), found.importance
     dense = jnp.where((importance > 0)[:, None], w.astype(jnp.float32), 0.0)
     allowed = jnp.ones(dense.shape, bool) if support is None else support
     dense = jnp.where(allowed, dense, 0.0)
@@ -71,12 +70,30 @@ def _obs(target, w, h, importance, order, support):
         turn, block = jnp.argsort(-importance, stable=True), None
         dense, allowed, h = dense[turn], allowed[turn], h[turn][:, turn]
     u = upper_factor(h)
+    if found.drift is not None:
+        dense, u = _drifting(dense, u, found.drift[turn][:, turn])
     if isinstance(target, Pattern) and block is None:
         params = target.fit(dense, 1 / jnp.diagonal(u) ** 2, support)
     q, params = sweep(target, Problem(dense, u, allowed, turn, params), block)
     values = jnp.zeros_like(q).at[turn].set(q)
     mine = _per_input(target, params, count)
     return _packed(target, values, params, mine, support, w.dtype)
+
+
+def _drifting(w, u, drift):
+    """W and U for the sweep that also mends the drift of the inputs.
+
+    GPTAQ (arXiv:2504.02692, eq. 14) adds w_i P_ij to every later input j, with
+    P = strictly_upper(D UT) U, D = E[(x~ - x) xT]. As w_i is the value of its turn,
+    W = W_0 + PT W - strictly_lower(UT) E: solved for W, the sweep stays what it is.
+    """
+    p = jnp.triu(drift @ u.T, 1) @ u
+    unit = jnp.eye(len(u)) - p.T
+    solve = lambda x: jax.scipy.linalg.solve_triangular(  # noqa: E731
+        unit, x, lower=True, unit_diagonal=True
+    )
+    later = solve(jnp.tril(u.T, -1)).T
+    return solve(w), jnp.diag(jnp.diagonal(u)) + later
 
 
 @expression

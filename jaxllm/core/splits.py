@@ -10,11 +10,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jaxllm.core import metrics
+from jaxllm.core.scales import per_entry
 from jaxllm.core.solvers import factorize, resolve_rank
 from jaxllm.core.spec import expression
-from jaxllm.core.weights import LowRank, Sparse, Trainable
+from jaxllm.core.weights import LowRank, Scattered, Sparse, Trainable
 
 
 @expression
@@ -42,17 +44,77 @@ def low_rank(rank: int = 8, metric=metrics.gram(), dtype: str = "bfloat16"):
 def outliers(
     fraction: float = 0.01, metric=metrics.diagonal(), dtype: str = "bfloat16"
 ):
-    """The weights of largest |w| sqrt(importance), kept sparse in ``dtype``."""
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction {fraction}; accepted: 0 < fraction < 1")
+    """The weights of largest |w| sqrt(importance), kept apart in ``dtype``.
 
-    def part(w, stats, key=None) -> Sparse:
-        score = jnp.abs(w) * jnp.sqrt(metric(stats, len(w)).importance)[:, None]
-        count = max(1, int(fraction * w.size))
-        flat = jnp.zeros(w.size, bool).at[jnp.argsort(-score.ravel())[:count]].set(True)
-        return Sparse.of(w.astype(dtype), flat.reshape(w.shape), count, "mask")
+    Stored as a list of places or as a bit mask, whichever is smaller.
+    """
+    count_of = _counted(fraction)
+
+    def part(w, stats, key=None) -> Scattered | Sparse:
+        score = jnp.abs(w) * jnp.sqrt(per_entry(metric(stats, len(w)).importance))
+        return kept_apart(w.astype(dtype), score, count_of(w))
 
     return part
+
+
+@expression
+def sensitive(
+    fraction: float = 0.01, target=None, metric=metrics.pivots(), dtype="bfloat16"
+):
+    """The weights whose leaving lowers the rounding error of their group most (SpQR).
+
+    With E(g) the error of group g on a grid of its own, sum importance (w - q)^2,
+    weight i has the score E(g) - E(g without i) (arXiv:2306.03078, section 4 and the
+    authors' code); they take scores above a threshold, here it is a fixed share.
+    """
+    count_of = _counted(fraction)
+
+    def part(w, stats, key=None) -> Scattered | Sparse:
+        if target is None:
+            raise ValueError("sensitive needs the grid that the rest is rounded on")
+        cost = metric(stats, len(w)).importance
+        score = left_out_gain(target, w.astype(jnp.float32), cost)
+        return kept_apart(w.astype(dtype), score, count_of(w))
+
+    return part
+
+
+def left_out_gain(target, w: Float[Array, "in out"], cost: Float[Array, "in"]):
+    """E(g) - E(g without i) for every weight, [in, out]."""
+    count, out = w.shape
+    block = min(target.block or count, count)
+    short = -count % block
+    blocks = jnp.pad(w, ((0, short), (0, 0))).reshape(-1, block, out)
+    costs = jnp.pad(cost, (0, short)).reshape(-1, block)
+
+    def error(block, cost):
+        params = target.fit(block, cost)
+        here = jax.tree.map(lambda p: p[None], params)
+        return (cost[:, None] * (block - target.snap(block, here)) ** 2).sum(0)
+
+    def gains(block, cost):
+        def without(i):  # a zero takes no part in the range, nor in the error
+            return error(block.at[i].set(0.0), cost.at[i].set(0.0))
+
+        return error(block, cost)[None] - jax.lax.map(without, jnp.arange(len(block)))
+
+    return jax.vmap(gains)(blocks, costs).reshape(-1, out)[:count]
+
+
+def kept_apart(w, score: Float[Array, "in out"], count: int) -> Scattered | Sparse:
+    """The ``count`` entries of highest score, in the smaller of two forms."""
+    flat = jnp.zeros(w.size, bool).at[jnp.argsort(-score.ravel())[:count]].set(True)
+    chosen = flat.reshape(w.shape)
+    listed = Scattered.size(w.shape, count, w.dtype.itemsize)
+    if listed <= -(-len(w) // 8) * w.shape[1] + count * w.dtype.itemsize:
+        return Scattered.of(w, chosen, count)
+    return Sparse.of(w, chosen, count, "mask")
+
+
+def _counted(fraction: float):
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction {fraction}; accepted: 0 < fraction < 1")
+    return lambda w: max(1, int(fraction * w.size))
 
 
 @expression

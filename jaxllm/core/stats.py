@@ -147,8 +147,80 @@ class Histogram:
         return 2.0 ** (self.LOW + index / self.STEP)
 
 
+@_node
+@dataclasses.dataclass(frozen=True)
+class Fisher:
+    """Sum of squared gradients of a weight [in, out] and the number of sequences.
+
+    Found by a pass of its own (``core.gradients``), not from a layer's input.
+    """
+
+    total: Leaf[Float[Array, "... in out"]]
+    count: Leaf[Float[Array, "..."]]
+
+    def through(self, op) -> Fisher:
+        raise ValueError(f"gradients are unknown after {type(op).__name__}")
+
+    @property
+    def mean(self) -> Array:
+        return self.total / jnp.maximum(self.count, 1.0)[..., None, None]
+
+
+@_node
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """The inputs themselves [tokens, in] with their weights, of one batch."""
+
+    x: Leaf[Float[Array, "... tokens in"]]
+    weights: Leaf[Float[Array, "... tokens"]]
+
+    @classmethod
+    def of(cls, x, weights) -> Samples:
+        return cls(x, weights)
+
+
+@_node
+@dataclasses.dataclass(frozen=True)
+class Drift:
+    """Sum of (x~ - x) xT, x~ the input that the dense model would give here.
+
+    Found by the walk, which then carries the dense stream along.
+    """
+
+    total: Leaf[Float[Array, "... in in"]]
+    count: Leaf[Float[Array, "..."]]
+
+    @classmethod
+    def between(cls, seen: Samples, dense: Samples) -> Drift:
+        shift = (dense.x - seen.x) * seen.weights[..., None]
+        return cls(jnp.swapaxes(shift, -1, -2) @ seen.x, seen.weights.sum(-1))
+
+    @classmethod
+    def of(cls, x, weights) -> Drift:
+        """That of a stream which has not drifted."""
+        return cls.between(Samples(x, weights), Samples(x, weights))
+
+    def __add__(self, other: Drift) -> Drift:
+        return Drift(self.total + other.total, self.count + other.count)
+
+    def through(self, op) -> Drift:
+        half = op.apply(self.total)
+        return Drift(
+            jnp.swapaxes(op.apply(jnp.swapaxes(half, -1, -2)), -1, -2), self.count
+        )
+
+    @property
+    def mean(self) -> Array:
+        return self.total / jnp.maximum(self.count, 1.0)[..., None, None]
+
+
 KINDS: dict[str, Any] = dict(
-    gram=Gram, absmax=AbsMax, moments=Moments, histogram=Histogram
+    gram=Gram,
+    absmax=AbsMax,
+    moments=Moments,
+    histogram=Histogram,
+    samples=Samples,
+    drift=Drift,
 )
 
 
@@ -201,8 +273,14 @@ class Stats:
 def abstract_stats(needs: tuple[str, ...], shape: tuple[int, ...]) -> Stats:
     """Shapes of the statistics in front of a weight [..., in, out]."""
     x = jax.ShapeDtypeStruct((1, shape[-2]), jnp.float32)
-    of = lambda x: Stats.of(needs, x)  # noqa: E731
+    walked = tuple(n for n in needs if n != "fisher")
+    of = lambda x: Stats.of(walked, x)  # noqa: E731
     for _ in shape[:-2]:
         of = jax.vmap(of)
         x = jax.ShapeDtypeStruct((shape[0], *x.shape), x.dtype)
-    return jax.eval_shape(of, x)
+    found = jax.eval_shape(of, x)
+    if "fisher" not in needs:
+        return found
+    full = jax.ShapeDtypeStruct(shape, jnp.float32)
+    count = jax.ShapeDtypeStruct(shape[:-2], jnp.float32)
+    return Stats({**found.items, "fisher": Fisher(full, count)})

@@ -76,7 +76,9 @@ def _batch_size(count: int, block: int | None) -> int:
 def _filled(problem: Problem, short: int) -> Problem:
     """With ``short`` more inputs, which are zero and touch nothing."""
     count = len(problem.w)
-    rows = lambda x, mode: jnp.pad(x, ((0, short), (0, 0)), mode=mode)  # noqa: E731
+    rows = lambda x, mode: jnp.pad(  # noqa: E731
+        x, ((0, short), *[(0, 0)] * (x.ndim - 1)), mode=mode
+    )
     unit = jnp.where(jnp.arange(count + short) < count, 0.0, 1.0)
     filling = jnp.arange(count, count + short, dtype=problem.order.dtype)
     return Problem(
@@ -123,7 +125,7 @@ def _stored(params, fitted, at):
     """All parameters with those of one block from slot ``at`` on."""
 
     def store(old, new):
-        return dynamic_update_slice_in_dim(old, new.reshape(-1, old.shape[-1]), at, 0)
+        return dynamic_update_slice_in_dim(old, new.reshape(-1, *old.shape[1:]), at, 0)
 
     return jax.tree.map(store, params, fitted)
 

@@ -9,13 +9,17 @@ from types import ModuleType
 
 from jaxllm.core import (
     allocate,
+    codebooks,
     compose,
+    descent,
     equivalences,
+    exempt,
     gates,
     metrics,
     patterns,
     reconstruct,
     regrow,
+    rescale,
     rotations,
     scales,
     solvers,
@@ -25,8 +29,11 @@ from jaxllm.core.formats import activation, base, tables
 
 MODULES: tuple[ModuleType, ...] = (
     allocate,
+    codebooks,
     compose,
+    descent,
     equivalences,
+    exempt,
     base,
     tables,
     activation,
@@ -35,6 +42,7 @@ MODULES: tuple[ModuleType, ...] = (
     patterns,
     reconstruct,
     regrow,
+    rescale,
     rotations,
     scales,
     solvers,

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from jaxllm.core.batch import Batch
 from jaxllm.core.model import Model, Params, get, put
-from jaxllm.core.stats import Stats
+from jaxllm.core.stats import Drift, Stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +110,9 @@ def walk(
     config, params = model.config, model.params
     forward = bool(needs) or inputs
     states = _Hidden(config, params, batches if forward else (), monitor.offload)
+    dense = (
+        _Hidden(config, params, batches, monitor.offload) if "drift" in needs else None
+    )
     blocks = config.blocks()
     last = max((i for i, (path, _) in enumerate(blocks) if wants(path)), default=-1)
     for i, (path, block) in enumerate(monitor.track(blocks, label, len(blocks))):
@@ -118,13 +121,15 @@ def walk(
             notes: dict[str, Any] = {}
 
             def make(params, path=path, block=block, notes=notes):
-                stats = states.collect(block, get(params, path), path, needs)
+                stats = states.collect(block, get(params, path), path, needs, dense)
                 return visit(params, path, Seen(stats, block, states.items, notes))
 
             params = _resumed(params, path, monitor, make)
             _note(monitor, dict(step=label, path=path), start, params, notes)
         if i < last or (forward and wants(config.head_path)):
             states.advance(block, get(params, path))
+            if dense is not None:
+                dense.advance(block, get(model.params, path))
     if wants(config.head_path):
         seen = Seen(states.final(config, params, needs))
         params = visit(params, config.head_path, seen)
@@ -176,11 +181,17 @@ class _Hidden:
     def _kept(self, hidden):
         return np.asarray(hidden) if self.offload else hidden
 
-    def collect(self, block, params, path, needs) -> dict[str, Stats]:
-        """Sums over all batches, by the full path of the tap."""
+    def collect(self, block, params, path, needs, dense=None) -> dict[str, Stats]:
+        """Sums over all batches, by the full path of the tap.
+
+        ``dense`` are the hidden states of the unchanged model, for drifts.
+        """
         total: dict[str, Stats] = {}
-        for hidden, rest in self.items if needs else ():
-            total = _collect(block, needs, params, hidden, *rest, total)
+        exact = dense.items if dense is not None else self.items
+        for (hidden, rest), (other, _) in zip(
+            self.items if needs else (), exact if needs else (), strict=True
+        ):
+            total = _collect(block, needs, params, hidden, other, *rest, total)
         return {f"{path}.{tap}": found for tap, found in total.items()}
 
     def final(self, config, params, needs) -> dict[str, Stats]:
@@ -208,11 +219,31 @@ def _embed(config, params, tokens, positions):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _collect(block, needs, params, hidden, positions, segments, weights, total):
-    """``total`` (empty at first) plus the statistics of one batch, by tap."""
-    stats = block.run(params, hidden, positions, segments, weights, collect=needs)[1]
-    found = dict(_flatten(stats, ""))
+def _collect(block, needs, params, hidden, dense, positions, segments, weights, total):
+    """``total`` (empty at first) plus the statistics of one batch, by tap.
+
+    The block is still unchanged here: its drift comes from its hidden states alone.
+    """
+    drifts = "drift" in needs
+    needs = tuple("samples" if n == "drift" else n for n in needs)
+    taps = lambda h, needs: dict(  # noqa: E731
+        _flatten(block.run(params, h, positions, segments, weights, needs)[1], "")
+    )
+    found = taps(hidden, needs)
+    if drifts:
+        exact = taps(dense, ("samples",))
+        found = {tap: _drifted(s, exact[tap]) for tap, s in found.items()}
     return {tap: total[tap] + s if total else s for tap, s in found.items()}
+
+
+def _drifted(found: Stats, exact: Stats) -> Stats:
+    """The statistics with the drift of the samples in place of the samples.
+
+    Experts (leading axis) get none: the streams send other tokens to them.
+    """
+    rest = {n: s for n, s in found.items.items() if n != "samples"}
+    other = found if found.samples.x.ndim > 2 else exact
+    return Stats({**rest, "drift": Drift.between(found.samples, other.samples)})
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -17,9 +17,12 @@ from jaxllm.core.weights.base import (
     shape,
     size,
 )
+from jaxllm.core.weights.codebook import Codebook
 from jaxllm.core.weights.gated import Gated
 from jaxllm.core.weights.lowrank import LowRank, Sum, Trainable, merge
+from jaxllm.core.weights.planes import Planes
 from jaxllm.core.weights.quantized import Quantized
+from jaxllm.core.weights.scattered import Scattered
 from jaxllm.core.weights.sparse import Sparse
 from jaxllm.core.weights.transformed import (
     Hadamard,
@@ -32,14 +35,17 @@ from jaxllm.core.weights.transformed import (
 
 __all__ = [
     "ActivationQuantized",
+    "Codebook",
     "Gated",
     "Hadamard",
     "LowRank",
     "Orthogonal",
     "PerHead",
     "Permutation",
+    "Planes",
     "Quantized",
     "Scale",
+    "Scattered",
     "Sparse",
     "Sum",
     "Trainable",

@@ -1,9 +1,10 @@
 """AWQ: scale salient channels up before rounding; a search finds the exponent."""
 
 from jaxllm.core.card import Card, Claim
-from jaxllm.core.compose import compress, rescale, sequence, transform
+from jaxllm.core.compose import compress, sequence, transform
 from jaxllm.core.equivalences import searched
 from jaxllm.core.formats import Integer
+from jaxllm.core.rescale import rescale
 from jaxllm.core.scales import Grid, absmax, mse
 from jaxllm.core.solvers import nearest
 

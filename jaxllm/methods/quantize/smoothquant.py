@@ -1,9 +1,10 @@
 """SmoothQuant: move the outliers of activations into the weights, then W8A8."""
 
 from jaxllm.core.card import Card, Claim
-from jaxllm.core.compose import compress, rescale, sequence, transform
+from jaxllm.core.compose import compress, sequence, transform
 from jaxllm.core.equivalences import smooth
 from jaxllm.core.formats import ActivationFormat, Integer
+from jaxllm.core.rescale import rescale
 from jaxllm.core.scales import Grid
 from jaxllm.core.solvers import nearest
 
