@@ -9,15 +9,22 @@ from jaxllm.core.model import Model
 from jaxllm.models.exchange.awq import AWQ
 from jaxllm.models.exchange.compressed_tensors import CompressedTensors
 from jaxllm.models.exchange.folder import load_packed, save_folder
+from jaxllm.models.exchange.gguf import load_gguf, read_gguf_config, save_gguf
 from jaxllm.models.exchange.gptq import GPTQ
 from jaxllm.models.exchange.packing import Packing
 
-__all__ = ["FORMATS", "export_model", "load_quantized"]
+__all__ = [
+    "FORMATS",
+    "export_model",
+    "load_gguf",
+    "load_quantized",
+    "read_gguf_config",
+]
 
 PACKINGS: Mapping[str, type[Packing]] = {
     kind.name: kind for kind in (GPTQ, AWQ, CompressedTensors)
 }
-FORMATS = tuple(PACKINGS)
+FORMATS = (*PACKINGS, "gguf")
 
 
 def export_model(
@@ -25,28 +32,37 @@ def export_model(
     path: str | Path,
     format: str,
     tokenizer=None,
+    vocabulary: Mapping | None = None,
+    round_to: str | None = None,
     shard_bytes: float = 5e9,
 ) -> Path:
     """Write a compressed model in a format that other programs read.
 
     Dequantized values are those of the model, bit for bit in float32. Whether the
     format can express every weight is found out before anything is written; what is
-    written appears under ``path`` when it is complete. One shard is in host memory.
+    written appears under ``path`` when it is complete. One shard (GGUF: one tensor) is
+    in host memory.
 
     Args:
-      model: What the format expresses: see the refusals.
-      path: A new folder.
-      format: ``gptq``.
-      tokenizer: Saved beside the weights.
-      shard_bytes: Largest file.
+      model: What the format expresses: see ``Packing.accepts`` and ``save_gguf``.
+      path: A new folder, or for gguf a new file that ends in ``.gguf``.
+      format: ``gptq``, ``awq``, ``compressed-tensors`` or ``gguf``.
+      tokenizer: Saved beside the weights (not for gguf).
+      vocabulary: The tokenizer as metadata (for gguf).
+      round_to: ``q4_k`` rounds linear maps that are still dense (for gguf).
+      shard_bytes: Largest file of a folder.
 
     Raises:
       FileExistsError: Something is at ``path``.
       TypeError, ValueError: An unknown format, or a weight that it cannot express;
         names the layer, what made it, and what the format accepts.
     """
-    if format not in FORMATS:
+    if format == "gguf":
+        return save_gguf(model, path, vocabulary, round_to)
+    if format not in PACKINGS:
         raise ValueError(f"format {format!r}; accepted: {', '.join(FORMATS)}")
+    if round_to is not None:
+        raise ValueError(f"round_to {round_to!r} is for gguf, not for {format}")
     return save_folder(model, path, PACKINGS[format](), tokenizer, shard_bytes)
 
 

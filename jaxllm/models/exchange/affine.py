@@ -88,6 +88,8 @@ def scheme_of(w) -> Scheme:
     if not isinstance(inner.format, Integer):
         raise TypeError(f"has codes of {inner.format!r}, which are no integers")
     zero = inner.zero
+    if isinstance(zero, Weight):
+        raise TypeError("has quantized zero points")
     if zero is not None and jnp.issubdtype(zero.dtype, jnp.floating):
         raise TypeError("has real-valued zero points")
     if inner.format.bits == 1:

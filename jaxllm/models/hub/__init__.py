@@ -26,6 +26,7 @@ __all__ = [
     "save_pretrained",
 ]
 
+GGUF = ".gguf"
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 
@@ -34,7 +35,8 @@ def load_model(uri: str | Path, dtype: str = "float32") -> Model:
     """A pretrained model.
 
     Args:
-      uri: ``builtin:tiny``; a llama2.c ``.bin`` file; a Hugging Face folder; or
+      uri: ``builtin:tiny``; a llama2.c ``.bin`` file; a ``.gguf`` file; a Hugging Face
+        folder (GPTQ, AWQ and compressed-tensors too: their weights stay packed); or
         ``hf:owner/name`` (also ``hf://owner/name``), with ``@revision`` if wanted.
       dtype: Of parameters and activations: float32, bfloat16 or float16.
 
@@ -47,6 +49,10 @@ def load_model(uri: str | Path, dtype: str = "float32") -> Model:
     if uri.startswith("builtin:"):
         return load_builtin(uri, dtype)
     path = _local(uri, WEIGHTS)
+    if path.suffix == GGUF:
+        from jaxllm.models.exchange import load_gguf
+
+        return load_gguf(path, dtype)
     return load_folder(path, dtype) if path.is_dir() else load_llama2c(path, dtype)
 
 
@@ -56,6 +62,10 @@ def read_config(uri: str | Path, dtype: str = "float32") -> Transformer:
     if uri.startswith("builtin:"):
         return load_builtin(uri, dtype).config
     path = _local(uri, WEIGHTS[:1])
+    if path.suffix == GGUF:
+        from jaxllm.models.exchange import read_gguf_config
+
+        return read_gguf_config(path, dtype)
     read = read_folder_config if path.is_dir() else read_llama2c_config
     return read(path, dtype)
 
@@ -81,7 +91,7 @@ def _local(uri: str, files: tuple[str, ...]) -> Path:
     if not path.exists():
         raise FileNotFoundError(
             f"no model at {uri!r}; accepted: builtin:tiny, a Hugging Face folder, a "
-            "llama2.c .bin file, hf:owner/name"
+            "llama2.c .bin file, a .gguf file, hf:owner/name"
         )
     return path
 

@@ -82,13 +82,17 @@ def leaf_paths(params, value=lambda leaf: leaf, is_leaf=None) -> dict:
     return {name(path): value(leaf) for path, leaf in flat}
 
 
-def make_plan(config: Transformer) -> dict[str, Entry]:
+def make_plan(
+    config: Transformer, modules: tuple[Module, ...] | None = None
+) -> dict[str, Entry]:
     """All tensors of a checkpoint of this architecture, by their names.
 
-    Raises ``ValueError`` when the family has no name for a parameter.
+    ``modules`` are other names than the family's own.
+
+    Raises ``ValueError`` when there is no name for a parameter.
     """
     shapes = parameter_shapes(config)
-    modules = FAMILIES[config.family].modules
+    modules = FAMILIES[config.family].modules if modules is None else modules
     plan = {e.theirs: e for m in modules for e in _entries(m, config, shapes)}
     held = {part for entry in plan.values() for part in entry.parts}
     if missing := sorted(set(shapes) - held):
