@@ -56,3 +56,14 @@ def interpret_gpu(detect_races: bool = True) -> Iterator[None]:
     mode = module.InterpretGPUParams(detect_races=detect_races)
     with pretend_gpu(), module.force_gpu_interpret_mode(mode):
         yield
+
+
+def require_hopper(interpret: bool = False) -> None:
+    """NotImplementedError where the default device is a GPU without Hopper's wgmma."""
+    if interpret or jax.default_backend() != "gpu":
+        return  # the interpreter, or compiling ahead of time
+    capability = str(jax.devices()[0].compute_capability)
+    if capability != "9.0":
+        raise NotImplementedError(
+            f"compute capability {capability}; the kernel is written for Hopper (9.0)"
+        )

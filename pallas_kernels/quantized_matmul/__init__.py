@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pallas_kernels.op import Op
-from pallas_kernels.quantized_matmul import tpu
+from pallas_kernels.quantized_matmul import gpu, tpu
 from pallas_kernels.quantized_matmul.cases import CASES
 from pallas_kernels.quantized_matmul.reference import quantized_matmul
 
-KERNELS = {"tpu": tpu.quantized_matmul}
+KERNELS = {"gpu": gpu.quantized_matmul, "tpu": tpu.quantized_matmul}
 
 op = Op("quantized_matmul", quantized_matmul, KERNELS, CASES)
