@@ -1,0 +1,10 @@
+"""y = x W that reads the weights of active blocks of inputs alone."""
+
+from __future__ import annotations
+
+from pallas_kernels.gated_matmul import tpu
+from pallas_kernels.gated_matmul.cases import CASES
+from pallas_kernels.gated_matmul.reference import gated_matmul
+from pallas_kernels.op import Op
+
+op = Op("gated_matmul", gated_matmul, {"tpu": tpu.gated_matmul}, CASES)

@@ -1,0 +1,10 @@
+"""Kronecker (Hadamard or learned) transform of x, then codes with a scale per token."""
+
+from __future__ import annotations
+
+from pallas_kernels.hadamard_quantize import tpu
+from pallas_kernels.hadamard_quantize.cases import CASES
+from pallas_kernels.hadamard_quantize.reference import hadamard_quantize
+from pallas_kernels.op import Op
+
+op = Op("hadamard_quantize", hadamard_quantize, {"tpu": tpu.hadamard_quantize}, CASES)

@@ -1,0 +1,10 @@
+"""y = x W for int8 x and 4-bit weights that an integer scale widens to int8."""
+
+from __future__ import annotations
+
+from pallas_kernels.op import Op
+from pallas_kernels.two_level_matmul import tpu
+from pallas_kernels.two_level_matmul.cases import CASES
+from pallas_kernels.two_level_matmul.reference import two_level_matmul
+
+op = Op("two_level_matmul", two_level_matmul, {"tpu": tpu.two_level_matmul}, CASES)
