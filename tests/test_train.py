@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from jaxllm.core import weights
-from jaxllm.core.batch import Batch
+from jaxllm.core.batch import Batch, targets
 from jaxllm.core.model import Model, combine, with_weight
 from jaxllm.data.corpora import from_texts, join_documents
 from jaxllm.data.loader import Batches, batches
@@ -25,7 +25,7 @@ from jaxllm.models import Policy, init
 from jaxllm.train.config import TrainConfig, Uniform, train_config
 from jaxllm.train.curriculum import ShortFirst
 from jaxllm.train.loop import fit
-from jaxllm.train.losses import next_token, targets
+from jaxllm.train.losses import next_token
 from jaxllm.train.optimizers import OPTIMIZERS, optimizer
 from jaxllm.train.schedules import SCHEDULES, schedule
 from jaxllm.train.state import Guard, initial_state, split_model

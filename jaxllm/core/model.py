@@ -78,6 +78,25 @@ class Residual:
     post_norms: tuple[str | None, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """Channels that exist together, so that they can only be removed together.
+
+    A unit is a channel of a feed-forward layer, or the query heads of one key-value
+    head. ``path`` is the part they belong to, ``count`` how many it has. The output
+    channels of ``outputs`` and the input channels of ``input`` are ``count`` equal
+    runs, one per unit; ``tap`` names the statistics of ``input``. ``kind`` is
+    ``heads`` or ``channels``.
+    """
+
+    path: str
+    kind: str
+    count: int
+    outputs: tuple[str, ...]
+    input: str
+    tap: str
+
+
 class Architecture(Protocol):
     """What ``Model.config`` implements: hashable, and pure in its parameters.
 
@@ -91,6 +110,10 @@ class Architecture(Protocol):
     def head(self, params: Params, hidden) -> jax.Array: ...
     def sites(self) -> tuple[Site, ...]: ...
     def residual(self) -> Residual: ...
+    def units(self) -> tuple[Units, ...]: ...
+    def with_units(self, counts: dict[str, int]) -> Architecture: ...
+    def with_width(self, width: int) -> Architecture: ...
+    def with_layers(self, kept: tuple[int, ...]) -> Architecture: ...
     @property
     def head_path(self) -> str: ...
     def linears(self) -> tuple[str, ...]: ...

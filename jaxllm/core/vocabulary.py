@@ -11,6 +11,7 @@ from jaxllm.core import (
     allocate,
     codebooks,
     compose,
+    depth,
     descent,
     equivalences,
     exempt,
@@ -24,6 +25,8 @@ from jaxllm.core import (
     scales,
     solvers,
     splits,
+    units,
+    width,
 )
 from jaxllm.core.formats import activation, base, tables
 
@@ -31,6 +34,7 @@ MODULES: tuple[ModuleType, ...] = (
     allocate,
     codebooks,
     compose,
+    depth,
     descent,
     equivalences,
     exempt,
@@ -47,6 +51,8 @@ MODULES: tuple[ModuleType, ...] = (
     scales,
     solvers,
     splits,
+    units,
+    width,
 )
 
 

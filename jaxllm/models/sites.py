@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from jaxllm.core.model import Residual, Site
+from jaxllm.core.model import Residual, Site, Units
 from jaxllm.models.config import MLP, Layer, MoE, Norm
 
 
@@ -41,6 +41,24 @@ def find_residual(config) -> Residual:
         kinds=tuple(kinds),
         post_norms=tuple(post),
     )
+
+
+def find_units(config) -> tuple[Units, ...]:
+    """Heads and channels that can be removed, in order; routed experts have none."""
+    found = []
+    for path, block in config.blocks():
+        a, f = block.config.attention, block.config.ffn
+        if a is not None:
+            at = f"{path}.attn"
+            qkv = f"{at}.q", f"{at}.k", f"{at}.v"
+            found.append(Units(at, "heads", a.kv_heads, qkv, f"{at}.o", f"{at}.mixed"))
+        shared = f.shared if isinstance(f, MoE) else f
+        if shared is not None:
+            at = f"{path}.mlp" if shared is f else f"{path}.moe.shared"
+            wide = tuple(f"{at}.{n}" for n in _wide(shared))
+            ends = f"{at}.down", f"{at}.hidden"
+            found.append(Units(at, "channels", shared.hidden, wide, *ends))
+    return tuple(found)
 
 
 def _norm_kind(norm: Norm | None) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxllm.core import weights
 from jaxllm.core.arrays import to_rank
-from jaxllm.core.model import Model, Params, Residual, Site, get
+from jaxllm.core.model import Model, Params, Residual, Site, Units, get
 from jaxllm.models.attention import Attention
 from jaxllm.models.cache import LayerCache
 from jaxllm.models.config import MLP as MLPConfig
@@ -23,7 +23,8 @@ from jaxllm.models.layers import Norm as NormModule
 from jaxllm.models.layers import Part, Pass
 from jaxllm.models.mlp import MLP
 from jaxllm.models.mlp import MoE as MoEModule
-from jaxllm.models.sites import find_residual, find_sites
+from jaxllm.models.resize import with_layers, with_units, with_width
+from jaxllm.models.sites import find_residual, find_sites, find_units
 
 
 class Block(Part):
@@ -229,6 +230,18 @@ class Transformer:
 
     def residual(self) -> Residual:
         return find_residual(self)
+
+    def units(self) -> tuple[Units, ...]:
+        return find_units(self)
+
+    def with_units(self, counts: dict[str, int]) -> Transformer:
+        return with_units(self, counts)
+
+    def with_width(self, width: int) -> Transformer:
+        return with_width(self, width)
+
+    def with_layers(self, kept: tuple[int, ...]) -> Transformer:
+        return with_layers(self, kept)
 
     def axes(self, path: str) -> tuple[str, str]:
         """Logical axis names (in, out) of the weight at a path."""

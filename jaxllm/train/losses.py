@@ -11,30 +11,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
-from jaxllm.core.batch import Batch
+from jaxllm.core.batch import Batch, targets
 from jaxllm.core.model import Model
 
 Loss = Callable[[Model, Batch, Array], tuple[Array, Array]]
-
-
-def targets(
-    batch: Batch,
-) -> tuple[Int[Array, "batch length"], Float[Array, "batch length"]]:
-    """The next token of each position, and its weight as a target.
-
-    A target counts by its own weight. It counts nothing where it is padding, belongs
-    to another document than the position that predicts it, or lies beyond the row.
-    """
-    following = jnp.roll(batch.tokens, -1, axis=1)
-    weight = jnp.ones(batch.tokens.shape, jnp.float32)
-    if batch.weights is not None:
-        weight = jnp.roll(batch.weights.astype(jnp.float32), -1, axis=1)
-    if batch.segments is not None:
-        after = jnp.roll(batch.segments, -1, axis=1)
-        weight = jnp.where((after == batch.segments) & (after != 0), weight, 0.0)
-    return following, weight.at[:, -1].set(0.0)
 
 
 def next_token(
