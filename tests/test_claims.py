@@ -36,7 +36,7 @@ def builtin_tokenizer():
 
 @pytest.fixture(scope="module")
 def bench(request):
-    """A function (model name, spec) -> (loss in nats, bytes of linears, of all), cached."""
+    """A function (model name, spec) -> (nats, bytes of linears, of all), cached."""
 
     @functools.cache
     def ground(name: str):

@@ -23,7 +23,7 @@ from jaxllm.core.slicing import cut_units, cut_width
 from jaxllm.core.slopes import cross_entropy, slopes
 from jaxllm.core.solvers import nearest
 from jaxllm.core.stats import Stats
-from jaxllm.core.units import bias_fix, fluctuation, least_squares, look
+from jaxllm.core.units import bias_fix, fluctuation, regression, look
 from jaxllm.core.weights import Gated
 from jaxllm.models import MLP, Attention, Layer, MoE, Norm, Transformer, hub, init
 
@@ -253,11 +253,11 @@ def test_mends_lower_the_error_and_least_squares_is_the_optimum(reader):
     rows, bias = bias_fix()(w, kept, stats)
     np.testing.assert_allclose(bias, (x @ w - x[:, kept] @ w[kept]).mean(0), atol=1e-3)
     assert error(rows, bias) < 0.9 * plain
-    solved, none = least_squares(0.0)(w, kept, stats)
+    solved, none = regression(0.0)(w, kept, stats)
     best = np.linalg.lstsq(np.float64(x[:, kept]), np.float64(goal), rcond=None)[0]
     assert none is None and error(solved) < 1.05 * error(jnp.asarray(best)) + 1e-2
     assert error(solved) < 0.2 * plain
-    whole, _ = least_squares(0.1)(w, jnp.arange(ROWS), stats)
+    whole, _ = regression(0.1)(w, jnp.arange(ROWS), stats)
     np.testing.assert_allclose(whole, w, atol=1e-5)
 
 

@@ -138,7 +138,7 @@ def bias_fix():
 
 
 @expression(needs=("gram",))
-def least_squares(damping: float = 0.01):
+def regression(damping: float = 0.01):
     """The rows that stay take over what the others can be predicted to give.
 
     W_k + (G_kk + damping mean(diag) I)^-1 G_kr W_r with G = E[x xT]: the least output
