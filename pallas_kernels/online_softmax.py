@@ -7,6 +7,7 @@ a probability; ``total`` is the running sum (Milakov and Gimelshein, arXiv:1805.
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import jax
@@ -131,3 +132,13 @@ def check_dtypes(*arrays: jax.Array, interpret: bool) -> None:
     served = (["bfloat16"], ["float16"], *((["float32"],) if interpret else ()))
     if kinds not in served:
         raise NotImplementedError(f"dtypes {kinds}; the kernel takes bfloat16, float16")
+
+
+def running(interpret: bool):
+    """The context in which a kernel is called: the interpreter's, or none."""
+    compat.require_hopper(interpret)
+    if not interpret:
+        return contextlib.nullcontext()
+    if compat.VERSION < (0, 11):
+        raise NotImplementedError("jax 0.10's interpreter knows no register layouts")
+    return compat.interpret_gpu()

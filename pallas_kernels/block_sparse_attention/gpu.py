@@ -119,7 +119,8 @@ def block_sparse_attention(
     )
     wide = _padded(q, ROWS * WARPGROUPS), *(_padded(a, block_k) for a in (k, v))
     bounds = tile_bounds(plan, index, count, wide[0].shape[1])
-    out = _call(plan, *wide, index.astype(jnp.int32), bounds)
+    with online.running(interpret):
+        out = _call(plan, *wide, index.astype(jnp.int32), bounds)
     return out[:, : q.shape[1], :, :width]
 
 

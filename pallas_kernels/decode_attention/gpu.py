@@ -6,8 +6,8 @@ transposed, s^T = k q^T and o^T = v^T p^T: the 64 slots fill the tensor core's r
 and the query heads of a group its columns, of which 8 are enough (one query against
 64 padded rows would spend 8 to 16 times the exponentials). Codes become float16
 (exact: at most 8 bits, less their zero) in shared memory; scales per slot multiply
-scores and probabilities. Codes at the same place of their bytes are neighbours there,
-so q is permuted to match and the result back. The shares are merged outside (Flash
+scores and probabilities. Codes at the same place of two bytes are neighbours there,
+so q is permuted to match and the result back. Shares are merged outside (Flash
 Decoding).
 """
 
@@ -94,7 +94,8 @@ def decode_attention(
     )  # fmt: skip
     scale = width**-0.5 if scale is None else scale
     queries, factor = _queries(plan, q.reshape(batch, groups, -1, width), scale)
-    shares = _call(plan, queries, factor, lengths, pages, keys, values)
+    with online.running(interpret):
+        shares = _call(plan, queries, factor, lengths, pages, keys, values)
     out = _merge(plan, shares, sinks, heads // groups)
     return out.reshape(q.shape).astype(q.dtype)
 
@@ -156,9 +157,9 @@ def _queries(plan: Plan, q, scale: float):
         wide = q.astype(jnp.float32)
         largest = jnp.abs(wide).max(-1, keepdims=True)
         factor = jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(largest, 2.0**-60))))
-        per = 8 // plan.key_bits
-        q = (wide / factor).astype(jnp.float16)
-        q = q.reshape(*q.shape[:3], -1, per).swapaxes(-1, -2).reshape(q.shape)
+        per = 16 // plan.key_bits
+        q = (wide / factor).reshape(*q.shape[:3], -1, per).swapaxes(-1, -2)
+        q = (q * _digits(plan.key_bits)).reshape(wide.shape).astype(jnp.float16)
     unit = LOG2E if plan.soft_cap is None else 1.0 / plan.soft_cap
     columns = (0, -q.shape[2] % 8)
     q = jnp.pad(q, ((0, 0), (0, 0), columns, (0, 0)))
@@ -182,8 +183,14 @@ def _merge(plan: Plan, shares, sinks, heads: int):
     out = out / jnp.where(total == 0.0, 1.0, total)[..., None]
     if plan.value_bits is None:
         return out
-    per = 8 // plan.value_bits
-    return out.reshape(*out.shape[:3], per, -1).swapaxes(-1, -2).reshape(out.shape)
+    per = 16 // plan.value_bits
+    parts = out.reshape(*out.shape[:3], per, -1) * _digits(plan.value_bits)
+    return parts.swapaxes(-1, -2).reshape(out.shape)
+
+
+def _digits(bits: int):
+    """[digits of two bytes, 1]: what makes up for the place of each in its byte."""
+    return 2.0 ** -(bits * jnp.arange(16.0 // bits)[:, None] % 8)
 
 
 def _call(plan: Plan, q, factor, lengths, pages, keys, values):
@@ -196,7 +203,7 @@ def _call(plan: Plan, q, factor, lengths, pages, keys, values):
     swizzles = []
     for name, cache in (("k", keys), ("v", values)):
         codes = isinstance(cache, QuantizedCache)
-        tile = cache.codes[0] if codes else cache
+        tile = _words(cache.codes) if codes else cache
         operands[name] = tile
         staged[f"{name}_s"] = online.tiles((stages, TILE, tile.shape[3]), tile.dtype)
         swizzles.append(min(128, 2 * tile.shape[3]) if codes else 128)
@@ -345,25 +352,36 @@ def _side(ins, group, place):
 
 
 def _tile(name: str, bits: int | None, staged, at, sides):
-    """A step's keys or values [TILE, width] in shared memory, ready for wgmma."""
+    """A step's keys or values [TILE, width] in shared memory, ready for wgmma.
+
+    A digit stays in its place of the byte, so it counts 2^place times.
+    """
     tile = staged[f"{name}_s"].at[at]
     if bits is None:
         return tile
-    dense, bytes_ = staged[f"{name}_d"], tile.shape[1]
-    codes = compat.load(tile, plgpu.Layout.WGMMA_UPCAST_2X)
-    codes = plgpu.layout_cast(codes, plgpu.Layout.WGMMA).astype(jnp.uint16)
-    if f"{name}_zero" in sides:
-        zero = (sides[f"{name}_zero"] + 1024.0).astype(jnp.float16)
-        zero = online.rows_to(zero, tile.shape)
-    else:
-        zero = jnp.float16(1024 + 2 ** (bits - 1))
-    for j in range(8 // bits):
-        digit = lax.shift_right_logical(codes, jnp.uint16(bits * j)) if j else codes
-        digit = (digit & jnp.uint16(2**bits - 1)) | jnp.uint16(HALF_1024)
-        value = lax.bitcast_convert_type(digit, jnp.float16) - zero
-        dense[:, pl.ds(j * bytes_, bytes_)] = value
+    dense, words = staged[f"{name}_d"], tile.shape[1]
+    codes = compat.load(tile, plgpu.Layout.WGMMA)
+    zero = sides.get(f"{name}_zero", float(2 ** (bits - 1)))
+    for j in range(16 // bits):
+        if j * bits == 8:
+            codes = lax.shift_right_logical(codes, jnp.full_like(codes, 8))
+        place = j * bits % 8
+        digit = codes & jnp.uint16((2**bits - 1) << place)
+        value = lax.bitcast_convert_type(digit | jnp.uint16(HALF_1024), jnp.float16)
+        less = zero * 2.0**place + 1024.0
+        if isinstance(less, float):
+            value = value - jnp.float16(less)
+        else:
+            value = value - online.rows_to(less.astype(jnp.float16), value.shape)
+        dense[:, pl.ds(j * words, words)] = value
     plgpu.commit_smem()
     return dense
+
+
+def _words(planes):
+    """Codes two bytes at a time, [..., width bits / 16]; moves nothing."""
+    (plane,) = planes
+    return lax.bitcast_convert_type(plane.reshape(*plane.shape[:-1], -1, 2), jnp.uint16)
 
 
 def _logits(plan: Plan, s, sides, factor, tile, length):
