@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pallas_kernels.op import Op
-from pallas_kernels.scaled_matmul import tpu
+from pallas_kernels.scaled_matmul import gpu, tpu
 from pallas_kernels.scaled_matmul.cases import CASES
 from pallas_kernels.scaled_matmul.reference import scaled_matmul
 
-op = Op("scaled_matmul", scaled_matmul, {"tpu": tpu.scaled_matmul}, CASES)
+KERNELS = {"gpu": gpu.scaled_matmul, "tpu": tpu.scaled_matmul}
+
+op = Op("scaled_matmul", scaled_matmul, KERNELS, CASES)

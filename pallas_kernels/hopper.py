@@ -1,0 +1,91 @@
+"""What the matmul kernels for Hopper share: tiles, splits of the inputs, results.
+
+They compute out^T = W x^T in tiles of 64 outputs per warpgroup, wgmma's fixed size.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import compat
+
+LANES = 64  # rows of W of one warpgroup
+SHARED = 227 * 1024  # bytes of shared memory that one block may use
+PROCESSORS = 132
+RESERVED = 4096  # barriers, and the padding between arrays
+
+
+def tiles(shape: tuple[int, ...], dtype, width: int | None = None):
+    """Shared memory that the copy engine fills and wgmma reads.
+
+    Swizzled in rows of ``width`` bytes: the largest power of two up to 128 that divides
+    the minor axis, unless slices of fewer bytes are to be multiplied.
+    """
+    size = jnp.dtype(dtype).itemsize
+    width = width or shape[-1] * size
+    width = min(128, width & -width)
+    tiling = plgpu.TilingTransform((8, width // size))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(width)))
+
+
+def splits(blocks: int, steps: int) -> int:
+    """How many blocks share a tile's inputs, so that few tiles still fill the chip."""
+    allowed = [s for s in (1, 2, 4, 8) if steps % s == 0 and steps // s >= 4] or [1]
+    return next((s for s in allowed if blocks * s >= 2 * PROCESSORS), allowed[-1])
+
+
+def depth(stage: int, tile: int, rows: int, steps: int) -> int:
+    """Stages of ``stage`` bytes that fit beside a result of ``tile`` x ``rows``."""
+    most = 8 if rows <= 32 else 4
+    room = (SHARED - RESERVED - 4 * tile * rows) // stage
+    return max(1, min(most, room, steps))
+
+
+def result(warpgroups: int, rows: int, partial: bool):
+    """Shared memory from which a tile of the result leaves."""
+    if partial:
+        return plgpu.SMEM((warpgroups, LANES, rows), jnp.float32)
+    swizzle = (plgpu.SwizzleTransform(128),)
+    return plgpu.SMEM((warpgroups, rows, LANES), jnp.bfloat16, transforms=swizzle)
+
+
+def result_type(parts: int, rows: int, outputs: int, partial: bool):
+    """The kernel's result: float32 [split, out, row], else bfloat16 [row, out]."""
+    if partial:
+        return jax.ShapeDtypeStruct((parts, outputs, rows), jnp.float32)
+    return jax.ShapeDtypeStruct((rows, outputs), jnp.bfloat16)
+
+
+def store(total, staged, y, split, outputs, rows, partial: bool) -> None:
+    """Write a warpgroup's float32 sums [64, rows] to its place in the result."""
+    if partial:
+        staged[...] = total
+        target = y.at[split, outputs, rows]
+    else:
+        layout = plgpu.Layout.WGMMA_TRANSPOSED
+        turned = plgpu.layout_cast(total.astype(jnp.bfloat16), layout)
+        compat.transposed(staged)[...] = turned
+        target = y.at[rows, outputs]
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staged, target)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def column(ref, rows, at, layout=None):
+    """A column of a matrix in device memory, one value per output, in float32."""
+    layout = layout or plgpu.Layout.WGMMA.reduce(1)
+    return compat.load(ref.at[rows, at], layout, optimized=False).astype(jnp.float32)
+
+
+def across(column, width: int):
+    """One value per output, over ``width`` columns."""
+    return lax.broadcast_in_dim(column, (LANES, width), [0])
+
+
+def zeros(rows: int):
+    """Float32 sums [64, rows] to start from."""
+    nothing = jnp.zeros((LANES, rows), jnp.float32)
+    return plgpu.layout_cast(nothing, plgpu.Layout.WGMMA)

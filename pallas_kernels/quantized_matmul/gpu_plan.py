@@ -1,0 +1,162 @@
+"""What is decided before the Hopper kernel runs: tiles, planes, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from pallas_kernels import hopper
+from pallas_kernels.hopper import LANES
+from pallas_kernels.quantized_matmul import fragments
+from pallas_kernels.quantized_matmul.reference import parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Tiles: rows of x, inputs of a step, depth of the ring, splits of the inputs.
+
+    ``splits`` blocks share an output tile; their float32 parts are summed outside,
+    where XLA fuses the sum with what follows. ``sums``: scales multiply each block's
+    sums in float32 (few rows), else the weights in bfloat16 (many rows).
+    """
+
+    rows: int
+    inputs: int
+    stages: int = 4
+    splits: int = 1
+    warpgroups: int = 2
+    sums: bool = True
+
+
+class Plane(NamedTuple):
+    """One plane of codes: bits, place of its lowest bit, bytes per step and block."""
+
+    part: int
+    low: int
+    bytes: int
+    block: int
+
+    @property
+    def places(self) -> int:
+        return 8 // self.part
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is static about one call."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    block: int | None
+    planes: tuple[Plane, ...]
+    zero: str  # "none" (``middle`` instead), "integer" or "float"
+    middle: float
+    levels: tuple[float, ...] | None
+    narrow: bool  # the result is bfloat16
+    tuning: Tuning
+
+    @property
+    def steps(self) -> int:
+        return self.inputs // self.tuning.inputs // self.tuning.splits
+
+    @property
+    def groups(self) -> int:
+        """Blocks of scales in a step (one where a block spans steps)."""
+        return 1 if self.block is None else max(1, self.tuning.inputs // self.block)
+
+    @property
+    def tile(self) -> int:
+        return LANES * self.tuning.warpgroups
+
+    @property
+    def partial(self) -> bool:
+        """The kernel writes float32 out^T for each split."""
+        return self.tuning.splits > 1 or not self.narrow
+
+    def group(self, step, g: int):
+        """The block of scales that group ``g`` of a step belongs to."""
+        if self.block is None:
+            return 0
+        if self.block > self.tuning.inputs:
+            return step // (self.block // self.tuning.inputs)
+        return step * self.groups + g
+
+
+def refuse(inputs, outputs, bits, block, levels, planes) -> None:
+    """NotImplementedError with the reason for what the kernel cannot serve."""
+    if levels is not None and (bits != 4 or len(levels) > 16):
+        raise NotImplementedError(f"a table of {bits}-bit codes; only 4 bits have one")
+    if outputs % LANES:
+        raise NotImplementedError(f"{outputs} outputs; wgmma needs a multiple of 64")
+    for part, plane in zip(parts(bits), planes, strict=True):
+        row, group = plane.shape[1], (block or inputs) * part / 8
+        if row % 16 or row * 8 != inputs * part:
+            raise NotImplementedError(
+                f"rows of {row} bytes ({inputs} inputs); the copy engine needs 16n"
+            )
+        if block is not None and (group % fragments.TILE or inputs % block):
+            raise NotImplementedError(
+                f"blocks of {block} of {inputs} inputs are {group:g} bytes of the "
+                f"{part}-bit plane; wgmma needs whole blocks of 16n bytes"
+            )
+
+
+def default_tuning(rows, inputs, outputs, bits, block) -> Tuning:
+    """By the roofline: fill all multiprocessors with few rows, reuse W with many."""
+    tile = next((r for r in (8, 16, 32, 64, 128) if rows <= r), 128)
+    warpgroups = 2 if outputs % (2 * LANES) == 0 else 1
+    step = next(
+        (s for s in (512, 256, 128, 64, 32) if _fits(s, inputs, bits, block)), 0
+    )
+    if not step:
+        raise NotImplementedError(
+            f"no step of 32 to 64 bytes divides {inputs} inputs into whole blocks of "
+            f"{block} at {bits} bits"
+        )
+    lanes = LANES * warpgroups
+    stage = len(parts(bits)) * 2 * tile * step + lanes * step * bits // 8
+    steps = inputs // step
+    split = hopper.splits(-(-rows // tile) * outputs // lanes, steps)
+    stages = hopper.depth(stage, lanes, tile, steps // split)
+    return Tuning(tile, step, stages, split, warpgroups, sums=tile <= 32)
+
+
+def _fits(step: int, inputs: int, bits: int, block: int) -> bool:
+    """A step holds whole blocks, or a block whole steps; 32 to 64 bytes of a plane."""
+    low, high = min(parts(bits)) * step // 8, max(parts(bits)) * step // 8
+    return (
+        inputs % step == 0
+        and (step % block == 0 or block % step == 0)
+        and low >= 32
+        and high <= (128 if bits == 8 else 64)
+    )
+
+
+def plan_of(x, outputs, zero, bits, block, levels, offset, tuning) -> Plan:
+    """The plan for padded ``x`` [M, K] and these arguments."""
+    planes, low = [], 0
+    for part in reversed(parts(bits)):
+        size = tuning.inputs * part // 8
+        planes.append(
+            Plane(part, low, size, min(size, (block or x.shape[1]) * part // 8))
+        )
+        low += part
+    kind = "none"
+    if zero is not None and levels is None:
+        whole = jnp.issubdtype(zero.dtype, jnp.integer)
+        kind = "integer" if whole else "float"
+    return Plan(
+        rows=x.shape[0],
+        inputs=x.shape[1],
+        outputs=outputs,
+        block=None if block == x.shape[1] else block,
+        planes=tuple(reversed(planes)),
+        zero=kind,
+        middle=float(2 ** (bits - 1) if offset is None else offset),
+        levels=levels,
+        narrow=x.dtype == jnp.bfloat16,
+        tuning=tuning,
+    )
