@@ -1,0 +1,10 @@
+"""y = x W for N:M sparse weights, dense or packed values beside a bit mask."""
+
+from __future__ import annotations
+
+from pallas_kernels.nm_matmul import tpu
+from pallas_kernels.nm_matmul.cases import CASES
+from pallas_kernels.nm_matmul.reference import nm_matmul
+from pallas_kernels.op import Op
+
+op = Op("nm_matmul", nm_matmul, {"tpu": tpu.nm_matmul}, CASES)

@@ -1,0 +1,74 @@
+"""Named inputs: 2:4 and 4:8, float and 4-bit values, decode row counts."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.op import Case
+from pallas_kernels.shapes import LLAMA3_8B, TINY, Linear
+
+
+def make(key, *, rows: int, linear: Linear, n: int, m: int, bits, block, dtype):
+    """Random supports with n of every m inputs, and values or codes in their order."""
+    keys = iter(jax.random.split(key, 6))
+    inputs, outputs = linear.inputs, linear.outputs
+    x = jax.random.normal(next(keys), (rows, inputs), dtype)
+    order = jax.random.uniform(next(keys), (outputs, inputs // m, m))
+    flags = (jnp.argsort(jnp.argsort(order)) < n).reshape(outputs, -1)
+    padded = jnp.pad(flags, ((0, 0), (0, -inputs % 8)))
+    bytes_ = padded.reshape(outputs, -1, 8).astype(jnp.uint8)
+    mask = (bytes_ << jnp.arange(8, dtype=jnp.uint8)).sum(-1, dtype=jnp.uint8)
+    kept, unit = inputs // m * n, jnp.asarray((inputs * n / m) ** -0.5, dtype)
+    if bits is None:
+        return x, mask, jax.random.normal(next(keys), (outputs, kept), dtype) * unit
+    plane = jax.random.bits(next(keys), (outputs, -(-kept * bits // 8)), jnp.uint8)
+    blocks = 1 if block is None else -(-inputs // block)
+    scale = jax.random.uniform(next(keys), (outputs, blocks), dtype, 0.5, 1.5)
+    return x, mask, (plane,), scale * unit
+
+
+def case(linear, rows, n=2, m=4, bits=None, block=None):
+    """One case; its name says everything that its inputs depend on."""
+    tiny = linear.model == "tiny"
+    kind = "float" if bits is None else f"w{bits}-g{block}"
+    dtype = jnp.float32 if tiny else jnp.bfloat16
+    return Case(
+        f"{linear.name}/{n}of{m}-{kind}/m{rows}",
+        functools.partial(
+            make,
+            rows=rows,
+            linear=linear,
+            n=n,
+            m=m,
+            bits=bits,
+            block=block,
+            dtype=dtype,
+        ),
+        {"n": n, "m": m, "bits": bits, "block": block},
+        tiny=tiny,
+        flops=2.0 * rows * linear.inputs * linear.outputs * n / m,
+    )
+
+
+def _cases():
+    square, up, ragged = TINY
+    wide = Linear("tiny", "wide", 1024, 64)
+    yield case(square, 1)
+    yield case(wide, 3, bits=4, block=128)
+    yield case(wide, 2, 4, 8)
+    yield case(up, 20, 4, 8, 4, 64)
+    yield case(ragged, 5, 1, 4)
+    for linear in LLAMA3_8B[:4]:
+        yield case(linear, 1)
+        yield case(linear, 1, bits=4, block=128)
+    for rows in (16, 64):
+        yield case(LLAMA3_8B[2], rows)
+        yield case(LLAMA3_8B[2], rows, bits=4, block=128)
+    yield case(LLAMA3_8B[2], 1, 4, 8)
+    yield case(LLAMA3_8B[2], 1, 4, 8, 4, 128)
+
+
+CASES = tuple(_cases())
