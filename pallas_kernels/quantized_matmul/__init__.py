@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from pallas_kernels.op import Op
-from pallas_kernels.quantized_matmul import gpu, tpu
+from pallas_kernels.quantized_matmul import cpu, gpu, tpu
 from pallas_kernels.quantized_matmul.cases import CASES
-from pallas_kernels.quantized_matmul.reference import quantized_matmul
+from pallas_kernels.quantized_matmul.reference import corrected, quantized_matmul
 
-KERNELS = {"gpu": gpu.quantized_matmul, "tpu": tpu.quantized_matmul}
+
+def _on_gpu(x, planes, scale, zero=None, low_rank=None, **options):
+    """The Hopper kernel; a low-rank correction is two products beside it."""
+    y = gpu.quantized_matmul(x, planes, scale, zero, **options)
+    return (y + corrected(x, low_rank)).astype(x.dtype)
+
+
+KERNELS = {
+    "cpu": cpu.quantized_matmul,
+    "gpu": _on_gpu,
+    "tpu": tpu.quantized_matmul,
+}
 
 op = Op("quantized_matmul", quantized_matmul, KERNELS, CASES)

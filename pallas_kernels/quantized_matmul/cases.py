@@ -18,8 +18,8 @@ NF4 = (
 )  # fmt: skip
 
 
-def make(key, *, rows: int, linear: Linear, bits: int, block, zeros: bool, dtype):
-    """Activations, random codes, positive scales and (asymmetric) zero points."""
+def make(key, *, rows, linear: Linear, bits, block, zeros: bool, rank: int, dtype):
+    """Activations, random codes, positive scales, zero points, factors (L, R)."""
     keys = iter(jax.random.split(key, 8))
     inputs, outputs = linear.inputs, linear.outputs
     x = jax.random.normal(next(keys), (rows, inputs), dtype)
@@ -32,16 +32,21 @@ def make(key, *, rows: int, linear: Linear, bits: int, block, zeros: bool, dtype
     zero = None
     if zeros:
         zero = jax.random.randint(next(keys), scale.shape, 0, 2**bits).astype(jnp.uint8)
-    return x, planes, scale * inputs**-0.5, zero
+    arguments = x, planes, scale * inputs**-0.5, zero
+    if not rank:
+        return arguments
+    left = jax.random.normal(next(keys), (inputs, rank), dtype) * inputs**-0.5
+    return *arguments, (left, jax.random.normal(next(keys), (rank, outputs), dtype))
 
 
-def case(linear, rows, bits, block=128, *, zeros=False, levels=None, dtype=None):
+def case(linear, rows, bits, block=128, *, zeros=False, levels=None, rank=0):
     """One case; its name says everything that its inputs depend on."""
     kind = "asym" if zeros else "table" if levels else "sym"
     tiny = linear.model == "tiny"
     group = "channel" if block is None else f"g{block}"
+    extra = f"-rank{rank}" if rank else ""
     return Case(
-        f"{linear.name}/w{bits}-{group}-{kind}/m{rows}",
+        f"{linear.name}/w{bits}-{group}-{kind}{extra}/m{rows}",
         functools.partial(
             make,
             rows=rows,
@@ -49,7 +54,8 @@ def case(linear, rows, bits, block=128, *, zeros=False, levels=None, dtype=None)
             bits=bits,
             block=block,
             zeros=zeros,
-            dtype=dtype or (jnp.float32 if tiny else jnp.bfloat16),
+            rank=rank,
+            dtype=jnp.float32 if tiny else jnp.bfloat16,
         ),
         {"bits": bits, "block": block, "levels": levels},
         tiny=tiny,
@@ -65,6 +71,8 @@ def _cases():
     yield case(square, 16, 4, None)
     yield case(up, 3, 4, 64, levels=NF4)
     yield case(ragged, 5, 4, 32, zeros=True)
+    yield case(up, 2, 4, 64, zeros=True, rank=8)
+    yield case(LLAMA3_8B[1], 16, 4, rank=32)
     for linear in (*LLAMA3_8B, *QWEN25_7B):
         for rows in (1, 16, 64, 256, 2048):
             yield case(linear, rows, 4, zeros=True)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 Planes = tuple[UInt8[Array, "out _"], ...]
+LowRank = tuple[Float[Array, "in rank"], Float[Array, "rank out"]]
 
 
 def parts(bits: int) -> tuple[int, ...]:
@@ -50,6 +51,7 @@ def quantized_matmul(
     planes: Planes,
     scale: Float[Array, "out blocks"],
     zero=None,
+    low_rank: LowRank | None = None,
     *,
     bits: int,
     block: int | None,
@@ -61,7 +63,9 @@ def quantized_matmul(
     ``planes`` are the codes of W^T, ``in`` packed in the minor axis (1 to 8 bits).
     Without ``zero`` codes are centred on ``offset`` (default 2^(bits-1)); with
     ``levels`` they index that ascending table instead. ``block`` inputs share a scale
-    (None: all). Returns the dtype of ``x``; sums are float32.
+    (None: all). ``low_rank`` (L, R) adds x L R: an adapter (LoRA, arXiv:2106.09685) or
+    a correction of the error (LQER, arXiv:2402.02446). Returns the dtype of ``x``; sums
+    are float32.
     """
     count = x.shape[-1]
     w = dequantize(
@@ -74,8 +78,16 @@ def quantized_matmul(
         levels=levels,
         offset=offset,
     )
-    y = jnp.einsum("...k,nk->...n", x.astype(jnp.float32), w)
-    return y.astype(x.dtype)
+    y = jnp.einsum("...k,nk->...n", _wide(x), w)
+    return (y + corrected(x, low_rank)).astype(x.dtype)
+
+
+def corrected(x, low_rank: LowRank | None):
+    """x L R in float32, or 0 where there is no correction."""
+    if low_rank is None:
+        return 0.0
+    left, right = map(_wide, low_rank)
+    return (_wide(x) @ left) @ right
 
 
 def _wide(a):

@@ -25,12 +25,12 @@ def quantized_matmul(
     planes,
     scale,
     zero=None,
+    low_rank=None,
     *,
     bits: int,
     block: int | None,
     levels: tuple[float, ...] | None = None,
     offset: float | None = None,
-    low_rank=None,
     tuning: Tuning | None = None,
     interpret: bool = False,
 ):

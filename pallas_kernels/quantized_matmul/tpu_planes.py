@@ -283,7 +283,7 @@ def _activations(x, plan: Plan, groups, interpret: bool) -> list:
 
 def separated(x, plan: Plan, reading: Reading, group: int):
     """Row b M + m: row m of ordered x where slot b of its group is, zero elsewhere."""
-    rows, inputs = x.shape
+    inputs = x.shape[1]
     lanes = plan.lanes(reading)
     place = jnp.arange(inputs)
     byte = place // (lanes * reading.phases) % group * lanes + place % lanes
@@ -480,7 +480,9 @@ def _call(x, planes, scales, extra, shift, low_rank, plan, tuning, interpret):
     def column_blocks(arrays):
         return [pl.BlockSpec((a.shape[0], bn), lambda m, n, k: (0, n)) for a in arrays]
 
-    heights = {p: len(a) if groups else bm for p, a in zip(plan.parts, ordered)}
+    heights = {
+        p: len(a) if groups else bm for p, a in zip(plan.parts, ordered, strict=True)
+    }
     in_specs = [
         *(pl.BlockSpec((h, bk), lambda m, n, k: (m, k)) for h in heights.values()),
         *(
