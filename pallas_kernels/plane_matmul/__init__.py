@@ -1,0 +1,12 @@
+"""y = x W for weights that are sums of scaled binary or ternary planes."""
+
+from __future__ import annotations
+
+from pallas_kernels.op import Op
+from pallas_kernels.plane_matmul import tpu
+from pallas_kernels.plane_matmul.cases import CASES
+from pallas_kernels.plane_matmul.reference import plane_matmul
+
+KERNELS = {"tpu": tpu.plane_matmul}
+
+op = Op("plane_matmul", plane_matmul, KERNELS, CASES)

@@ -1,0 +1,72 @@
+"""Named inputs: one to three planes of each kind, with and without bias."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.op import Case
+from pallas_kernels.plane_matmul.reference import pack
+from pallas_kernels.shapes import LLAMA3_8B, TINY, Linear
+
+
+def make(key, *, rows: int, linear: Linear, kind, count: int, block, bias, dtype):
+    """Activations, random planes, scales that halve from plane to plane, bias."""
+    keys = iter(jax.random.split(key, 2 * count + 2))
+    inputs, outputs = linear.inputs, linear.outputs
+    blocks = 1 if block is None else inputs // block
+    x = jax.random.normal(next(keys), (rows, inputs), dtype)
+    planes, scales = [], []
+    for index in range(count):
+        values = jax.random.randint(next(keys), (outputs, inputs), -1, 2)
+        if kind == "binary":
+            values = jnp.where(values < 0, -1, 1)
+        planes.append(pack(values.astype(jnp.int8), kind))
+        scale = jax.random.uniform(next(keys), (outputs, blocks), dtype, 0.5, 1.5)
+        scales.append(scale * 2.0**-index * inputs**-0.5)
+    offset = None
+    if bias:
+        offset = jax.random.normal(next(keys), (outputs, blocks), dtype)
+        offset = offset * 0.1 * inputs**-0.5
+    return x, tuple(planes), tuple(scales), offset
+
+
+def case(linear, rows, kind, count, block, *, bias=False):
+    """One case; its name says everything that its inputs depend on."""
+    tiny = linear.model == "tiny"
+    group = "channel" if block is None else f"g{block}"
+    extra = "-bias" if bias else ""
+    return Case(
+        f"{linear.name}/{kind}{count}-{group}{extra}/m{rows}",
+        functools.partial(
+            make,
+            rows=rows,
+            linear=linear,
+            kind=kind,
+            count=count,
+            block=block,
+            bias=bias,
+            dtype=jnp.float32 if tiny else jnp.bfloat16,
+        ),
+        {"kind": kind, "block": block},
+        tiny=tiny,
+        flops=2.0 * rows * linear.inputs * linear.outputs * count,
+    )
+
+
+def _cases():
+    square, up, _ = TINY
+    yield case(square, 1, "binary", 1, None)
+    yield case(square, 3, "binary", 2, 128, bias=True)
+    yield case(square, 2, "ternary", 2, 128)
+    yield case(up, 80, "ternary", 1, 64)
+    for linear in (LLAMA3_8B[1], LLAMA3_8B[3]):
+        for rows in (1, 16, 256):
+            yield case(linear, rows, "binary", 3, 128, bias=True)
+            yield case(linear, rows, "ternary", 2, 128)
+    yield case(LLAMA3_8B[2], 1, "ternary", 1, None)
+
+
+CASES = tuple(_cases())
