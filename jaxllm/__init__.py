@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jaxllm.evaluate import perplexity
     from jaxllm.experiment.notebook import (
         calibrate,
+        export,
         generate,
         load,
         report,
@@ -37,6 +38,7 @@ _PLACES = {
     "jaxllm.evaluate": ("perplexity",),
     "jaxllm.experiment.notebook": (
         "calibrate",
+        "export",
         "generate",
         "load",
         "report",
@@ -55,6 +57,7 @@ __all__ = [
     "calibrate",
     "combine",
     "compose",
+    "export",
     "generate",
     "load",
     "merge_adapters",

@@ -72,9 +72,14 @@ def parser() -> argparse.ArgumentParser:
     folder = "write compare.json, compare.md and the Pareto plot here"
     compare.add_argument("--output", metavar="FOLDER", help=folder)
 
-    export = _command(commands, export_model, "export", "a Hugging Face folder")
+    text = "the formats of others: Hugging Face, GPTQ, AWQ, GGUF ..."
+    export = _command(commands, export_model, "export", text)
     export.add_argument("checkpoint", metavar="CHECKPOINT")
-    export.add_argument("folder", metavar="FOLDER")
+    export.add_argument("path", metavar="PATH", help="a new folder, or name.gguf")
+    kinds = "gptq, awq, compressed-tensors or gguf (default: a dense folder)"
+    export.add_argument("--format", metavar="FORMAT", help=kinds)
+    q4_k = "q4_k: round dense linear maps to it (gguf)"
+    export.add_argument("--round-to", metavar="TYPE", help=q4_k)
     expand = "expand compressed weights to dense ones first"
     export.add_argument("--dense", action="store_true", help=expand)
 
@@ -145,11 +150,12 @@ def compare_runs(options: argparse.Namespace) -> None:
 
 
 def export_model(options: argparse.Namespace) -> None:
-    """Write the model of a checkpoint as a Hugging Face folder."""
+    """Write the model of a checkpoint in a format that other programs read."""
     from jaxllm.experiment.export import export
 
-    export(options.checkpoint, options.folder, options.dense)
-    print(f"exported {options.checkpoint} to {options.folder}")
+    how = options.dense, options.format, options.round_to
+    export(options.checkpoint, options.path, *how)
+    print(f"exported {options.checkpoint} to {options.path}")
 
 
 def show_version(options: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ class Llama2c(Tokenizer):
     def __init__(self, path: Path):
         self.path = Path(path)
         self._data = self.path.read_bytes()
-        self._pieces, self._scores = _parse_llama2c(self._data, self.path)
+        self._pieces, self._scores = parse_llama2c(self._data, self.path)
         self.vocab_size = len(self._pieces)
         named = list(enumerate(self._pieces))[MARKERS:]  # never the markers from text
         self._index = {piece: index for index, piece in reversed(named)}
@@ -109,7 +109,8 @@ class Llama2c(Tokenizer):
         return self._pieces[index]
 
 
-def _parse_llama2c(data: bytes, path: Path) -> tuple[list[bytes], list[float]]:
+def parse_llama2c(data: bytes, path: Path) -> tuple[list[bytes], list[float]]:
+    """Pieces and scores of a tokenizer file; ``path`` is for messages."""
     pieces, scores, at = [], [], 4
     while at < len(data):
         if at + 8 > len(data):

@@ -10,6 +10,7 @@ from jaxllm.core.model import History, Model
 from jaxllm.data.calibration import Calibration
 from jaxllm.data.calibration import calibrate as _calibrate
 from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.experiment.export import export_model
 from jaxllm.experiment.sources import open_model, open_tokenizer
 from jaxllm.generation import generate as _generate
 
@@ -67,6 +68,21 @@ def save(model: Model, uri: str, tokenizer: Tokenizer | None = None, **options) 
     if tokenizer is None and model.history.origin is not None:
         tokenizer = tokenizer_of(model)
     checkpoint.save(model, uri, tokenizer=tokenizer, **options)
+
+
+def export(
+    model: Model,
+    path: str,
+    format: str | None = None,
+    tokenizer: Tokenizer | None = None,
+    round_to: str | None = None,
+) -> None:
+    """Write a model for other programs: ``gptq``, ``awq``, ``compressed-tensors``,
+    ``gguf``, or (None) a dense Hugging Face folder; see ``models.exchange``.
+    """
+    if tokenizer is None and model.history.origin is not None:
+        tokenizer = tokenizer_of(model)
+    export_model(model, path, format, tokenizer, round_to)
 
 
 def restore(uri: str, mesh: Mesh | None = None) -> Model:

@@ -38,6 +38,8 @@ class AWQ(Packing):
         "scales, outputs in multiples of 8, in every linear map but the head"
     )
 
+    head = False
+
     def refusal(self, scheme: Scheme) -> str | None:
         if scheme.inputs is not None:
             return "rounds its inputs"

@@ -101,8 +101,10 @@ def _stored(model, entry: Entry, found, packing: Packing, pairs) -> Stored:
     if len(alike) > 1 or (len(found) > 1 and first.ordered):
         reason = f"shares a tensor with {entry.parts[1]}, which is stored otherwise"
         raise ValueError(refused(model, path, reason, packing))
-    if entry.parts[0] in ("embed.weight", "positions.table"):
+    if path in ("embed.weight", "positions.table"):
         raise ValueError(refused(model, path, "is looked up by rows", packing))
+    if path == "head.weight" and not packing.head:
+        raise ValueError(refused(model, path, "is the head", packing))
     if entry.layout not in packing.layouts:
         raise ValueError(refused(model, path, "is stored as [in, out]", packing))
     read = functools.partial(_weights, model, entry)

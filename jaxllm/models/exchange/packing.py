@@ -38,6 +38,7 @@ class Packing(abc.ABC):
     key: str
     accepts: str
     layouts: tuple[str, ...] = ("linear", "heads")  # of the plan's entries
+    head: bool = True  # whether it may be packed
 
     @abc.abstractmethod
     def refusal(self, scheme: Scheme) -> str | None:
