@@ -24,7 +24,7 @@ from pallas_kernels.decode_attention.tpu_cache import Side
 from pallas_kernels.flash_attention.reference import NEGATIVE
 
 LANES = 128
-COLUMNS = 2048  # tokens times groups that a step multiplies
+COLUMNS = 2048  # tokens times groups that a step multiplies; of codes, half as many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,13 @@ class Plan:
     splits: int
 
     @property
+    def interleaved(self) -> int:
+        """Columns of scores for a token: one for each key head, or one for all."""
+        return 1 if self.keys.minor else self.keys.groups
+
+    @property
     def columns(self) -> int:
-        return self.tokens * self.keys.groups
+        return self.tokens * self.interleaved
 
     def first(self, length):
         """The first block that the window touches."""
@@ -68,7 +73,7 @@ class Plan:
 
     def visible(self, shape, block, length):
         """bool[rows, columns]: own group, written, within the window."""
-        groups = self.keys.groups
+        groups = self.interleaved
         row = lax.broadcasted_iota(jnp.int32, shape, 0)
         column = lax.broadcasted_iota(jnp.int32, shape, 1)
         own = _remainder(row, groups) == _remainder(column, groups)
@@ -237,20 +242,25 @@ def combine(plan: Plan, parts, peaks, totals, sinks):
 
 def step_tokens(plan_tokens: int | None, slots: int, keys: Side) -> int:
     """The tokens of a step for a dense cache: a divisor of its slots."""
-    largest = plan_tokens or max(COLUMNS // keys.groups, keys.tokens)
+    columns = COLUMNS if keys.bits is None else COLUMNS // 2
+    largest = plan_tokens or max(columns // keys.groups, keys.tokens)
+    largest = max(largest, 256) if keys.minor else largest
     if slots <= largest:
         return slots
     size = 1 << (largest.bit_length() - 1)
-    while size >= 64 and slots % size:
+    least = 128 if keys.minor else 64
+    while size >= least and slots % size:
         size //= 2
-    if size < 64 or size % keys.tokens:
-        raise NotImplementedError(f"a cache of {slots} slots: not a multiple of 64")
+    if size < least or size % keys.tokens:
+        raise NotImplementedError(f"{slots} slots: not a multiple of {least}")
     return size
 
 
 def make_plan(keys, values, pages, tuning: Tuning, options) -> Plan:
     """Blocks and splits for these shapes."""
     sides = tpu_cache.side_of(keys, False), tpu_cache.side_of(values, True)
+    if pages is None and not options["sums"] and tpu_cache.slots_minor(keys, values):
+        sides = tuple(dataclasses.replace(side, minor=True) for side in sides)
     slots, window = keys.shape[1], options["window"]
     if pages is None:
         tokens, tiles = step_tokens(tuning.tokens, slots, sides[0]), 1

@@ -5,6 +5,10 @@ stores them. Queries are rows r * groups + g; a score whose row and column diffe
 is masked, which costs no more than a matrix unit with few rows anyway, and neither the
 cache nor a tile is ever transposed. Codes are multiplied as they are: scales per token
 go to the scores' columns, scales per channel to the queries.
+
+Where a head's codes are narrower than the 128 lanes, XLA keeps the cache with the slots
+minor. Such a tile is [groups, bytes, tokens] instead (``Side.minor``): every row meets
+every group's tile and keeps the product of its own.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ class Side:
     blocks: int = 1  # scales along a head
     tokens: int = 1  # that share a scale; more than one: per channel
     zeros: bool = False
+    minor: bool = False
 
     @property
     def pieces(self) -> int:
@@ -67,11 +72,24 @@ def side_of(cache, values: bool) -> Side:
     return Side(groups, dim, cache.bits, 1 if tokens > 1 else blocks, tokens, zeros)
 
 
+def slots_minor(keys, values) -> bool:
+    """Whether both caches are narrow codes with scales per token."""
+    return all(
+        isinstance(cache, QuantizedCache)
+        and cache.codes[0].shape[3] < 128
+        and cache.scale.shape[1] == cache.shape[1]
+        for cache in (keys, values)
+    )
+
+
 def operands(cache, side: Side) -> list:
-    """Two-dimensional rows of the cache's arrays: codes, then scale and zero."""
+    """The cache's arrays as the kernel sees them: codes, then scale and zero."""
     if side.bits is None:
         return [rows_of(cache)]
     params = [cache.scale] + ([cache.zero] if side.zeros else [])
+    if side.minor:
+        codes = cache.codes[0].transpose(0, 2, 3, 1)
+        return [codes, *(p.transpose(0, 3, 2, 1) for p in params)]
     if side.per_channel:
         return [rows_of(cache.codes[0]), *map(rows_of, params)]
     return [rows_of(cache.codes[0]), *map(lanes_of, params)]
@@ -91,7 +109,9 @@ def specs(arrays, side: Side, tokens: int, place) -> list:
     """Blocks of ``tokens`` tokens; ``place`` gives (row, block of tokens)."""
 
     def spec(n, array):
-        if n == 0 or side.per_channel:
+        if side.minor:
+            shape, index = (1, *array.shape[1:3], tokens), lambda r, t: (r, 0, 0, t)
+        elif n == 0 or side.per_channel:
             height = tokens * side.groups // (side.tokens if n else 1)
             shape, index = (1, height, array.shape[2]), lambda r, t: (r, t, 0)
         else:
@@ -146,6 +166,8 @@ def scores(q, tile, side: Side):
     pieces = range(side.pieces)
     if side.bits is None:
         return dot(q[0], tile[0], transpose=True)
+    if side.minor:
+        return _minor_scores(q, tile, side)
     codes = [piece(tile[0], side, n, q.dtype) for n in pieces]
     if side.per_channel:
         return _channel_scores(q, codes, tile, side)
@@ -195,10 +217,69 @@ def _apart_exact(x, side: Side):
     return dot(x, (old == source).astype(jnp.float32))
 
 
+def own_group(product, rows: int, groups: int):
+    """Rows r * groups + g of ``product(g)``, for every g."""
+    own = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0) % groups
+    out = product(0)
+    for g in range(1, groups):
+        out = jnp.where(own == g, product(g), out)
+    return out
+
+
+def _each_row(tile, rows: int):
+    """[groups, tokens] of scales or zeros for rows r * groups + g, in float32."""
+    wide = tile.astype(jnp.int32) if tile.dtype == jnp.uint8 else tile
+    return jnp.concatenate([wide.astype(jnp.float32)] * (rows // len(tile)), axis=0)
+
+
+def _minor_shift(tile, side: Side, block: int, rows: int):
+    if not side.zeros:
+        return float(2 ** (side.bits - 1))
+    return _each_row(tile[2][block], rows)
+
+
+def _minor_codes(tile, side: Side, dtype):
+    pieces = range(side.pieces)
+    return [[piece(group, side, n, dtype) for n in pieces] for group in tile[0]]
+
+
+def _minor_scores(q, tile, side: Side):
+    """float32 [rows, tokens] against tiles [groups, lanes, tokens]."""
+    codes, rows, total = _minor_codes(tile, side, q.dtype), q.shape[1], 0.0
+    for block in range(side.blocks):
+        mine = [own_lanes(q[n], side, block) for n in range(side.pieces)]
+        product = own_group(
+            lambda g, mine=mine: sum(map(dot, mine, codes[g])), rows, side.groups
+        )
+        whole = sum(m.astype(jnp.float32).sum(-1, keepdims=True) for m in mine)
+        shifted = product - whole * _minor_shift(tile, side, block, rows)
+        total = total + _each_row(tile[1][block], rows) * shifted
+    return total
+
+
+def _minor_mix(shares, tile, side: Side, dtype):
+    codes, rows = _minor_codes(tile, side, dtype), shares.shape[0]
+    out = [0.0] * side.pieces
+    for block in range(side.blocks):
+        rounded = (shares * _each_row(tile[1][block], rows)).astype(dtype)
+        middle = rounded.astype(jnp.float32) * _minor_shift(tile, side, block, rows)
+        middle = middle.sum(-1, keepdims=True)
+        for n in range(side.pieces):
+            part = own_group(
+                lambda g, n=n, p=rounded: dot(p, codes[g][n], transpose=True),
+                rows,
+                side.groups,
+            )
+            out[n] = out[n] + own_lanes(part - middle, side, block)
+    return out
+
+
 def mix(shares, tile, side: Side, dtype):
     """shares v as pieces, a list of float32 [rows, lanes]."""
     if side.bits is None:
         return [dot(shares.astype(tile[0].dtype), tile[0])]
+    if side.minor:
+        return _minor_mix(shares, tile, side, dtype)
     codes = [piece(tile[0], side, n, dtype) for n in range(side.pieces)]
     out = [0.0] * side.pieces
     for block in range(side.blocks):
