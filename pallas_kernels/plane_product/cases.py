@@ -1,0 +1,56 @@
+"""Named inputs: weights of 1 to 8 bits on real shapes."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.op import Case
+from pallas_kernels.quantized_matmul.reference import parts
+from pallas_kernels.shapes import LLAMA3_8B, TINY, Linear
+
+
+def make(key, *, rows: int, linear: Linear, bits: int):
+    """Random codes of both sides and positive scales."""
+    keys = iter(jax.random.split(key, 6))
+    inputs, outputs = linear.inputs, linear.outputs
+    x = jax.random.randint(next(keys), (rows, inputs), -127, 128, jnp.int8)
+    planes = tuple(
+        jax.random.bits(next(keys), (outputs, -(-inputs * part // 8)), jnp.uint8)
+        for part in parts(bits)
+    )
+    x_scale = jax.random.uniform(next(keys), (rows, 1), minval=0.5, maxval=1.5)
+    w_scale = jax.random.uniform(next(keys), (outputs, 1), minval=0.5, maxval=1.5)
+    return x, planes, x_scale, w_scale * (inputs**-0.5 / (20 * 2**bits))
+
+
+def case(linear, rows, bits):
+    """One case; its name says everything that its inputs depend on."""
+    tiny = linear.model == "tiny"
+    return Case(
+        f"{linear.name}/w{bits}a8/m{rows}",
+        functools.partial(make, rows=rows, linear=linear, bits=bits),
+        {"bits": bits, "out_dtype": jnp.float32 if tiny else jnp.bfloat16},
+        tiny=tiny,
+        tolerance=1e-5 if tiny else 1e-2,
+        flops=2.0 * rows * linear.inputs * linear.outputs,
+    )
+
+
+def _cases():
+    wide = Linear("tiny", "wide", 1024, 96)
+    yield case(wide, 1, 1)
+    yield case(wide, 3, 3)
+    yield case(wide, 20, 4)
+    yield case(wide, 2, 8)
+    yield case(TINY[2], 5, 6)
+    gate_up, down = LLAMA3_8B[2:4]
+    for bits in (2, 3, 4, 8):
+        for rows in (1, 16, 2048):
+            yield case(gate_up, rows, bits)
+        yield case(down, 16, bits)
+
+
+CASES = tuple(_cases())
