@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float
 from jaxllm.core.hadamard import hadamard_transform
 from jaxllm.models.config import Attention as AttentionConfig
 from jaxllm.models.layers import Linear, Norm, Part, Pass, observe, rotate
+from pallas_kernels.decode_attention import op as decode_attention
+from pallas_kernels.flash_attention import op as flash_attention
 
 NEGATIVE = -0.7 * float(jnp.finfo(jnp.float32).max)
 
@@ -83,22 +85,37 @@ class Attention(Part):
             q, k = (rotate(t, values.positions, c.rope) for t in (q, k))
         if c.rotate_qk:
             q, k = hadamard_transform(q), hadamard_transform(k)
-        cache, k, v = self._remember(k, v, values)
-        run = values.attend or attend
-        scale = d**-0.5 if c.scale is None else c.scale
-        mask = visibility(values, c.window)
-        mixed = run(q, k, v, mask, scale=scale, softcap=c.softcap)
+        mixed, cache = self._mix(q, k, v, values)
         mixed = rearrange(mixed, "b s h d -> b s (h d)")
         observe(self, "mixed", mixed, values)
         shape = (c.heads * d, self.width)
         out = Linear(shape, c.out_bias, self.out_std, self.dtype, name="o")(mixed)
         return out, cache
 
-    def _remember(self, k, v, values: Pass):
-        """Keys and values as later queries will see them, and the updated cache."""
+    def _mix(self, q, k, v, values: Pass):
+        """What each query gathers, and the updated cache.
+
+        A whole pass and a single step have kernels; a prompt that is written into a
+        cache, or an attention function of the caller's, takes the dense mask.
+        """
+        c, step, custom = self.config, q.shape[1] == 1, values.attend
+        options = dict(scale=c.scale, soft_cap=c.softcap, window=c.window)
         if values.cache is not None:
             cache = values.cache.write(k, v, values.positions, values.segments)
-            return cache, *cache.read(k.dtype)
-        if self.config.kv is not None:
-            k, v = self.config.kv.round(k), self.config.kv.round(v)
-        return None, k, v
+            if step and custom is None:
+                lengths = values.positions[:, 0] + 1
+                mixed = decode_attention(q[:, 0], *cache.stored, lengths, **options)
+                return mixed[:, None], cache
+            k, v = cache.read(k.dtype)
+        else:
+            cache = None
+            if c.kv is not None:
+                k, v = c.kv.round(k), c.kv.round(v)
+            if custom is None:
+                segments = values.segments
+                pair = None if segments is None else (segments, segments)
+                return flash_attention(q, k, v, pair, **options), cache
+        scale = c.head_dim**-0.5 if c.scale is None else c.scale
+        mask = visibility(values, c.window)
+        run = custom or attend
+        return run(q, k, v, mask, scale=scale, softcap=c.softcap), cache

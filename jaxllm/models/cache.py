@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.decode_attention import QuantizedCache
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,19 @@ class LayerCache:
         keys = jax.tree.map(store, self.keys, k)
         values = jax.tree.map(store, self.values, v)
         return dataclasses.replace(self, keys=keys, values=values)
+
+    @property
+    def stored(self):
+        """Keys and values as ``pallas_kernels.decode_attention`` reads them."""
+        if self.format is None:
+            return self.keys, self.values
+        return tuple(map(self._packed, (self.keys, self.values)))
+
+    def _packed(self, e) -> QuantizedCache:
+        zero, form = e.zero, self.format.format
+        if zero is None and form.bits == 1:  # its codes stand for -1/2 and 1/2
+            zero = jnp.full(e.scale.shape, form.offset, e.scale.dtype)
+        return QuantizedCache(e.codes, e.scale, zero, form.bits)
 
     def read(self, dtype):
         """All keys and values, decoded to ``dtype``."""

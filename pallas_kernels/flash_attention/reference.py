@@ -24,20 +24,23 @@ def softmax_mix(
     heads, groups, wide = q.shape[2], k.shape[2], jnp.float32
     if heads % groups:
         raise ValueError(f"{heads} query heads do not share {groups} key heads evenly")
-    k, v = (jnp.repeat(a.astype(wide), heads // groups, axis=2) for a in (k, v))
-    scores = jnp.einsum("bqhd,bthd->bhqt", q.astype(wide), k)
+    shared = q.astype(wide).reshape(*q.shape[:2], groups, -1, q.shape[3])
+    scores = jnp.einsum("bqgrd,btgd->bgrqt", shared, k.astype(wide))
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
+    by_group = (visible.shape[0], -1, heads // groups, *visible.shape[2:])
+    alike = visible.shape[1] == 1
+    visible = visible[:, :, None] if alike else visible.reshape(by_group)
     scores = jnp.where(visible, scores, NEGATIVE)
     if sinks is not None:
-        column = jnp.broadcast_to(
-            sinks.astype(wide)[None, :, None, None], (*scores.shape[:3], 1)
-        )
+        column = sinks.astype(wide).reshape(1, groups, -1, 1, 1)
+        column = jnp.broadcast_to(column, (*scores.shape[:4], 1))
         scores = jnp.concatenate((scores, column), -1)
     shares = jax.nn.softmax(scores, -1)[..., : k.shape[1]]
     shares = jnp.where(visible, shares, 0.0)
-    return jnp.einsum("bhqt,bthd->bqhd", shares, v).astype(q.dtype)
+    mixed = jnp.einsum("bgrqt,btgd->bqgrd", shares, v.astype(wide))
+    return mixed.reshape(q.shape).astype(q.dtype)
 
 
 def visibility(
