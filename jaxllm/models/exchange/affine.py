@@ -151,7 +151,17 @@ class Stored:
 
     @property
     def scale(self) -> np.ndarray:
-        return self.fuse([_scale(w) for w in self.weights()])
+        """Scales; below float16's range those of groups of zeros are 0 as well."""
+        scale = self.fuse([_scale(w) for w in self.weights()])
+        tiny = np.abs(scale.astype(np.float32)) < 2.0**-24
+        return np.where(tiny & self._idle(), 0, scale) if tiny.any() else scale
+
+    def _idle(self) -> np.ndarray:
+        """Groups [groups, out] whose values are all zero, whatever their scale."""
+        size = min(self.scheme.block or self.scheme.features, self.scheme.features)
+        zero = np.repeat(self.zero, size, 0)[: self.scheme.features]
+        starts = np.arange(0, self.scheme.features, size)
+        return ~np.logical_or.reduceat(self.codes != zero, starts, axis=0)
 
     @property
     def zero(self) -> np.ndarray:
