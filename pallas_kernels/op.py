@@ -76,7 +76,7 @@ class Op:
 
         if platform in self.own_gradient:
             return run(*args)
-        return _with_gradient(run, lambda *a: self.reference(*a, **options))(*args)
+        return with_gradient(run, lambda *a: self.reference(*a, **options))(*args)
 
     def missing(self, platform: str, *args, **options) -> str | None:
         """Why ``platform`` has no kernel for these arguments, or None if it has."""
@@ -87,7 +87,7 @@ class Op:
         return None
 
 
-def _with_gradient(kernel: Callable, reference: Callable) -> Callable:
+def with_gradient(kernel: Callable, reference: Callable) -> Callable:
     """``kernel`` with the gradient of ``reference`` (recomputed)."""
 
     @jax.custom_vjp

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pallas_kernels.flash_attention import tpu
+from pallas_kernels.flash_attention import gpu, tpu
 from pallas_kernels.flash_attention.cases import CASES
 from pallas_kernels.flash_attention.reference import flash_attention
 from pallas_kernels.op import Op
@@ -10,7 +10,7 @@ from pallas_kernels.op import Op
 op = Op(
     "flash_attention",
     flash_attention,
-    {"tpu": tpu.flash_attention},
+    {"gpu": gpu.flash_attention, "tpu": tpu.flash_attention},
     CASES,
-    own_gradient=frozenset({"tpu"}),
+    own_gradient=frozenset({"gpu", "tpu"}),
 )
