@@ -56,13 +56,13 @@ def plane_matmul(
     kind: str,
     block: int | None,
 ) -> Float[Array, "*batch out"]:
-    """y[m, n] = sum_k x[m, k] (bias[n, b] + sum_p scales[p][n, b] B_p[k, n]), b = k/block.
+    """y[m, n] = sum_k x[m, k] (bias[n, b] + sum_p scales[p][n, b] B_p[k, n]).
 
     ``kind`` is "binary" (B in {-1, +1}, one bit) or "ternary" ({-1, 0, 1}, two bits).
     With a bias this is extended binary coding, which holds uniform grids too (LUT-GEMM,
     arXiv:2206.09557, section 3); BitStack (arXiv:2410.23918) and trit-planes (PTQTP)
-    have none. ``block`` inputs share a scale (None: all). Returns the dtype of ``x``;
-    sums are float32.
+    have none. Input k is in block b = k / ``block`` (None: one block). Returns the
+    dtype of ``x``; sums are float32.
     """
     if len(planes) != len(scales):
         raise ValueError(f"{len(planes)} planes and {len(scales)} scales")

@@ -311,6 +311,11 @@ def _precise(a, b):
     return _dot(a0, b0) + (_dot(a0, b1) + _dot(a1, b0))
 
 
+def _words(plane_ref, start: int, lanes: int):
+    """A piece of the stored bytes, four outputs to an int32 word."""
+    return pltpu.bitcast(plane_ref[:, start : start + lanes], jnp.int32)
+
+
 def _spread(scale, plan: Plan, reading: Reading, start, count: int):
     """The scale [blocks, outputs] of each of ``count`` bytes, by a 0/1 product."""
     shape = (plan.blocks, count)
@@ -320,15 +325,14 @@ def _spread(scale, plan: Plan, reading: Reading, start, count: int):
     return sum(_dot(h, inside, TN) for h in _halves(scale)) * reading.multiplier
 
 
-def _folded(x, words, scale, acc_ref, tile_ref, *, plan, reading, step):
+def _folded(x, plane_ref, scale, acc_ref, tile_ref, *, plan, reading, step):
     """acc += x (codes scale)^T; the weight's tile is built in VMEM first."""
-    lanes, count = plan.lanes(reading), words.shape[1]
-    spread = _spread(scale, plan, reading, step * count, count)
+    lanes, count = plan.lanes(reading), plane_ref.shape[1]
     for start in range(0, count, lanes):
-        piece = words[:, start : start + lanes]
-        factor = spread[:, start : start + lanes]
+        words = _words(plane_ref, start, lanes)
+        factor = _spread(scale, plan, reading, step * count + start, lanes)
         for phase in range(reading.phases):
-            value = reading.read(piece, phase).astype(jnp.float32) * factor
+            value = reading.read(words, phase).astype(jnp.float32) * factor
             to = start * reading.phases + phase * lanes
             tile_ref[:, to : to + lanes] = value.astype(tile_ref.dtype)
     acc_ref[...] += _dot(x, tile_ref[...], NT)
@@ -349,17 +353,17 @@ def _scale_rows(scale, plan: Plan, reading: Reading, group: int, height: int, st
     return sum(_dot(chosen, h) for h in _halves(scale)) * reading.multiplier
 
 
-def _split(x, words, scale, acc_ref, *, plan, reading, group, step):
+def _split(x, plane_ref, scale, acc_ref, *, plan, reading, group, step):
     """acc[b M + m] += scale_b (x_m where block b is) codes^T, group by group."""
-    lanes, count, height = plan.lanes(reading), words.shape[1], x.shape[0]
+    lanes, count, height = plan.lanes(reading), plane_ref.shape[1], x.shape[0]
     factors = _scale_rows(scale, plan, reading, group, height, (step * count, count))
     total = jnp.zeros(acc_ref.shape, jnp.float32)
     for index, first in enumerate(range(0, count, group * lanes)):
         sums = jnp.zeros(acc_ref.shape, jnp.float32)
         for start in range(first, first + group * lanes, lanes):
-            piece = words[:, start : start + lanes]
+            words = _words(plane_ref, start, lanes)
             for phase in range(reading.phases):
-                codes = reading.read(piece, phase).astype(x.dtype)
+                codes = reading.read(words, phase).astype(x.dtype)
                 at = start * reading.phases + phase * lanes
                 sums += _dot(x[:, at : at + lanes], codes, NT)
         total += sums * factors[index * height : (index + 1) * height]
@@ -399,15 +403,14 @@ def _body(*refs, plan: Plan, tuning: Tuning, groups, counts, shift):
             acc_ref[...] = jnp.zeros_like(acc_ref)
 
     for i, reading in enumerate(plan.readings):
-        words = pltpu.bitcast(planes[i][...], jnp.int32)
         scale = scales[i % len(scales)][...]
         own_x = x[plan.parts.index(reading.part)][...]
         same = {"plan": plan, "reading": reading, "step": step}
         if tuning.split:
             group = groups.pieces[i]
-            _split(own_x, words, scale, accumulators[i], group=group, **same)
+            _split(own_x, planes[i], scale, accumulators[i], group=group, **same)
         else:
-            _folded(own_x, words, scale, *scratch, **same)
+            _folded(own_x, planes[i], scale, *scratch, **same)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
