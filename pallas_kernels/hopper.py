@@ -31,10 +31,21 @@ def tiles(shape: tuple[int, ...], dtype, width: int | None = None):
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(width)))
 
 
-def splits(blocks: int, steps: int) -> int:
-    """How many blocks share a tile's inputs, so that few tiles still fill the chip."""
+def spread(rows: int, tile: int, outputs: int, steps: int) -> tuple[int, int]:
+    """(warpgroups, splits) so that few output tiles still fill the chip.
+
+    Splits of the inputs write float32 parts: cheap for few rows, which want two blocks
+    a multiprocessor to hide latencies; for many rows only as many as keep it busy.
+    """
+    fewest = 2 * PROCESSORS if rows <= 32 else 3 * PROCESSORS // 4
     allowed = [s for s in (1, 2, 4, 8) if steps % s == 0 and steps // s >= 4] or [1]
-    return next((s for s in allowed if blocks * s >= 2 * PROCESSORS), allowed[-1])
+    wide = outputs % (2 * LANES) == 0
+    for warpgroups in (2, 1) if wide else (1,):
+        blocks = -(-rows // tile) * outputs // (LANES * warpgroups)
+        splits = next((s for s in allowed if blocks * s >= fewest), allowed[-1])
+        if blocks * splits >= min(fewest, PROCESSORS):
+            return warpgroups, splits
+    return warpgroups, splits
 
 
 def depth(stage: int, tile: int, rows: int, steps: int) -> int:

@@ -75,15 +75,11 @@ def measure(op, case, made, ceilings: dict, seed: int) -> dict:
         took = timing.seconds(program, sets)
     moved = timing.nbytes(case.shapes) + timing.nbytes(result)
     row |= {"seconds": took, "bytes": moved, "flops": case.flops, "input_sets": count}
-    if took > 0:
-        rates = {
-            "bytes_per_second": moved / took,
-            "flops_per_second": case.flops / took,
-        }
-        shares = {f"share_of_{k}": rates[k] / ceilings[k] for k in rates}
-        row |= rates | shares
-        # Nothing that reads its inputs beats a copy: such a time is not to be believed.
-        row["believable"] = shares["share_of_bytes_per_second"] <= 1.1
+    rates = {"bytes_per_second": moved / took, "flops_per_second": case.flops / took}
+    shares = {f"share_of_{k}": rates[k] / ceilings[k] for k in rates}
+    # Nothing that reads its inputs beats a copy: such a time is not to be believed.
+    believable = shares["share_of_bytes_per_second"] <= 1.1
+    row |= rates | shares | {"believable": believable}
     return row
 
 

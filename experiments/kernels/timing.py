@@ -74,7 +74,8 @@ def compiled(function: Callable, shapes, count: int):
 def slope(run: Callable[[int], None], calls: int, *, budget: float = 0.2) -> float:
     """Seconds a call of ``run(repeats)``, which makes ``calls`` calls a repeat.
 
-    The long run takes about ``budget`` seconds; the best of three pairs counts.
+    The long run takes about ``budget`` seconds; the best of three of each counts.
+    Should noise leave no slope, the long run as a whole is the (too high) answer.
     """
     run(1)
     repeats = 4
@@ -82,8 +83,10 @@ def slope(run: Callable[[int], None], calls: int, *, budget: float = 0.2) -> flo
         repeats *= 4
     long = max(2 * repeats, int(repeats * budget / max(took, 1e-9)))
     short = max(1, long // 4)
-    best = min(_clock(run, long) - _clock(run, short) for _ in range(3))
-    return max(best, 0.0) / ((long - short) * calls)
+    slow, fast = (min(_clock(run, n) for _ in range(3)) for n in (long, short))
+    if slow <= fast:
+        return slow / (long * calls)
+    return (slow - fast) / ((long - short) * calls)
 
 
 def seconds(program, sets) -> float:

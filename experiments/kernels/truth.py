@@ -33,7 +33,7 @@ def error(op, case, arguments, result, seed: int) -> dict[str, object]:
 
 
 def _quantized(case, arguments, chosen):
-    x, planes, scale, zero = arguments
+    x, planes, scale, zero, *low_rank = arguments
     o = case.options
     w = dequantize(
         tuple(plane[chosen] for plane in planes),
@@ -45,7 +45,10 @@ def _quantized(case, arguments, chosen):
         levels=o.get("levels"),
         offset=o.get("offset"),
     )
-    return _float64(x) @ _float64(w).T
+    y = _float64(x) @ _float64(w).T
+    for left, right in low_rank:
+        y = y + _float64(x) @ _float64(left) @ _float64(right[:, chosen])
+    return y
 
 
 def _scaled(case, arguments, chosen):

@@ -49,7 +49,7 @@ def subject(op, case) -> Subject | None:
         module, name = quantized_matmul.gpu, op.name
         shape = (rows, inputs, outputs, case.options["bits"], block)
         rule = lambda: module.default_tuning(*shape)  # noqa: E731
-        run = module.quantized_matmul
+        run = lambda *a, **o: module.quantized_matmul(*a[:4], **o)  # noqa: E731
     else:
         module, name = scaled_matmul.gpu, f"{op.name}-{x.dtype}"
         shape = (rows, inputs, outputs, block)
@@ -67,7 +67,7 @@ def candidates(of: Subject) -> list:
     choices = {
         "rows": sorted(rows),
         "inputs": [start.inputs // 2, start.inputs, 2 * start.inputs],
-        "stages": [2, 3, 4, 6, 8],
+        "stages": sorted({2, 3, 4, 6, 8, start.stages}),
         "splits": [1, 2, 4, 8],
         "warpgroups": [w for w in (1, 2) if of.shape[2] % (64 * w) == 0],
     }
@@ -77,7 +77,7 @@ def candidates(of: Subject) -> list:
         dataclasses.replace(start, **dict(zip(choices, values, strict=True)))
         for values in itertools.product(*choices.values())
     ]
-    return [t for t in made if _possible(of, t)]
+    return [t for t in made if t == start or _possible(of, t)]
 
 
 def _possible(of: Subject, t) -> bool:

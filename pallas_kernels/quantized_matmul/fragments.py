@@ -42,7 +42,7 @@ def digits(words, part: int, place: int, *, interpret: bool):
 
     @plgpu.inline_mgpu(arg_types=(_IN,), return_type=kind)
     def peel(_, array):
-        (out,) = _each_register(array, lambda r: [_digit_pairs(r, part, place)])
+        (out,) = _each_register(array, lambda r: [digit_pairs(r, part, place)])
         return out
 
     return peel(words)
@@ -59,7 +59,7 @@ def lookup(words, levels: tuple[float, ...], *, interpret: bool):
 
     @plgpu.inline_mgpu(arg_types=(_IN,), return_type=(kind, kind))
     def look(_, array):
-        return tuple(_each_register(array, lambda r: _level_pairs(r, bits)))
+        return tuple(_each_register(array, lambda r: level_pairs(r, bits)))
 
     return look(words)
 
@@ -89,82 +89,101 @@ def _each_register(array, function):
     outs = None
     for index, register in np.ndenumerate(array.registers):
         word = vector.bitcast(ir.VectorType.get((1,), _i32()), register)
-        word = llvm.extractelement(word, _constant(0))
-        made = function(word)
+        made = function(_Word(llvm.extractelement(word, _Word.constant(0).value)))
         if outs is None:
             shape = layout.registers_shape(array.shape)
             outs = [np.empty(shape, object) for _ in made]
         for out, pairs in zip(outs, made, strict=True):
             for i, pair in enumerate(pairs):
-                out[(index[0], 2 * index[1] + i, *index[2:-1])] = _as_pair(pair)
+                out[(index[0], 2 * index[1] + i, *index[2:-1])] = pair.floats()
     return [
         mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
         for out in outs
     ]
 
 
-def _digit_pairs(word, part: int, place: int):
-    """Four bytes -> two registers of two bfloat16."""
+def digit_pairs(word, part: int, place: int) -> list:
+    """Four bytes -> two words of two bfloat16, in the order of the bytes."""
     if part == 8:
         return [_signed_pair(word, select) for select in (0x4140, 0x4342)]
     if place:
-        word = arith.shrui(word, _constant(part * place))
-    word = arith.andi(word, _constant((2**part - 1) * 0x01010101))
-    magic = _constant(0x43)
-    return [_permute_bytes(word, magic, select) for select in (0x4140, 0x4342)]
+        word = word >> part * place
+    word = word & (2**part - 1) * 0x01010101
+    magic = word.constant(0x43)
+    return [word.permuted(magic, select) for select in (0x4140, 0x4342)]
 
 
 def _signed_pair(word, select: int):
     """Bytes b -> b - 128: 128 + the low seven bits, less 256 or 128 by the top bit."""
-    pair = _permute_bytes(word, _constant(0x43), select)
-    low = arith.andi(pair, _constant(0xFF7FFF7F))
-    top = arith.andi(arith.xori(pair, _constant(0x00800080)), _constant(0xFF80FF80))
-    text = "sub.bf16x2 $0, $1, $2;"
-    return llvm.inline_asm(_i32(), [low, top], text, "=r,r,r")
+    pair = word.permuted(word.constant(0x43), select)
+    return (pair & 0xFF7FFF7F).minus((pair ^ 0x00800080) & 0xFF80FF80)
 
 
-def _level_pairs(word, bits):
+def level_pairs(word, bits: np.ndarray) -> tuple[list, list]:
     """Eight nibbles -> (pairs of the low nibbles, pairs of the high ones).
 
-    A byte permutation looks up four 3-bit indices in eight bytes at once.
+    ``bits`` are the 16 levels as uint16. A byte permutation looks up four 3-bit
+    indices in eight bytes at once; a third one takes the fourth bit into account.
     """
-    index = arith.andi(word, _constant(0x77777777))
-    top = arith.shrui(arith.andi(word, _constant(0x88888888)), _constant(1))
-    blend = arith.ori(top, _constant(0x32103210))
+    index = word & 0x77777777
+    blend = ((word & 0x88888888) >> 1) | 0x32103210
     low, high = [], []
     for half in range(2):
         if half:
-            index, blend = (arith.shrui(a, _constant(16)) for a in (index, blend))
+            index, blend = index >> 16, blend >> 16
         by_byte = [_look(index, blend, (bits >> shift) & 0xFF) for shift in (0, 8)]
-        low.append(_permute_bytes(*by_byte, 0x6240))
-        high.append(_permute_bytes(*by_byte, 0x7351))
+        low.append(by_byte[0].permuted(by_byte[1], 0x6240))
+        high.append(by_byte[0].permuted(by_byte[1], 0x7351))
     return low, high
 
 
 def _look(index, blend, table):
     """Four entries of a table of 16 bytes."""
-    quads = [int(np.uint8(q).view("<u4")[0]) for q in table.reshape(4, 4)]
-    a, b, c, d = (_constant(q) for q in quads)
-    below, above = _permute_bytes(a, b, index), _permute_bytes(c, d, index)
-    return _permute_bytes(below, above, blend)
+    quads = table.astype(np.uint8).view("<u4")
+    a, b, c, d = (index.constant(int(quad)) for quad in quads)
+    return a.permuted(b, index).permuted(c.permuted(d, index), blend)
 
 
-def _permute_bytes(a, b, select):
-    """PTX prmt: byte i of the result is byte (nibble i of ``select``) of a, b."""
-    select = _constant(select) if isinstance(select, int) else select
-    text = "prmt.b32 $0, $1, $2, $3;"
-    return llvm.inline_asm(_i32(), [a, b, select], text, "=r,r,r,r")
+class _Word:
+    """A 32-bit register while the kernel is built; tests put integers in its place."""
 
+    def __init__(self, value):
+        self.value = value
 
-def _as_pair(word):
-    one = vector.broadcast(ir.VectorType.get((1,), _i32()), word)
-    return vector.bitcast(ir.VectorType.get((2,), ir.BF16Type.get()), one)
+    @classmethod
+    def constant(cls, value: int) -> _Word:
+        signed = value - 2**32 if value >= 2**31 else value
+        return cls(arith.constant(_i32(), ir.IntegerAttr.get(_i32(), signed)))
+
+    def __and__(self, mask: int) -> _Word:
+        return _Word(arith.andi(self.value, self.constant(mask).value))
+
+    def __or__(self, mask: int) -> _Word:
+        return _Word(arith.ori(self.value, self.constant(mask).value))
+
+    def __xor__(self, mask: int) -> _Word:
+        return _Word(arith.xori(self.value, self.constant(mask).value))
+
+    def __rshift__(self, count: int) -> _Word:
+        return _Word(arith.shrui(self.value, self.constant(count).value))
+
+    def permuted(self, other: _Word, select) -> _Word:
+        """PTX prmt: result byte i is byte (nibble i of ``select``) of the two words."""
+        select = self.constant(select) if isinstance(select, int) else select
+        words = [self.value, other.value, select.value]
+        text = "prmt.b32 $0, $1, $2, $3;"
+        return _Word(llvm.inline_asm(_i32(), words, text, "=r,r,r,r"))
+
+    def minus(self, other: _Word) -> _Word:
+        """Two bfloat16 differences."""
+        words, text = [self.value, other.value], "sub.bf16x2 $0, $1, $2;"
+        return _Word(llvm.inline_asm(_i32(), words, text, "=r,r,r"))
+
+    def floats(self):
+        """The register as two bfloat16."""
+        one = vector.broadcast(ir.VectorType.get((1,), _i32()), self.value)
+        return vector.bitcast(ir.VectorType.get((2,), ir.BF16Type.get()), one)
 
 
 def _i32():
     return ir.IntegerType.get_signless(32)
-
-
-def _constant(value: int):
-    signed = value - 2**32 if value >= 2**31 else value
-    return arith.constant(_i32(), ir.IntegerAttr.get(_i32(), signed))

@@ -107,7 +107,6 @@ def refuse(inputs, outputs, bits, block, levels, planes) -> None:
 def default_tuning(rows, inputs, outputs, bits, block) -> Tuning:
     """By the roofline: fill all multiprocessors with few rows, reuse W with many."""
     tile = next((r for r in (8, 16, 32, 64, 128) if rows <= r), 128)
-    warpgroups = 2 if outputs % (2 * LANES) == 0 else 1
     step = next(
         (s for s in (512, 256, 128, 64, 32) if _fits(s, inputs, bits, block)), 0
     )
@@ -116,10 +115,10 @@ def default_tuning(rows, inputs, outputs, bits, block) -> Tuning:
             f"no step of 32 to 64 bytes divides {inputs} inputs into whole blocks of "
             f"{block} at {bits} bits"
         )
+    steps = inputs // step
+    warpgroups, split = hopper.spread(rows, tile, outputs, steps)
     lanes = LANES * warpgroups
     stage = len(parts(bits)) * 2 * tile * step + lanes * step * bits // 8
-    steps = inputs // step
-    split = hopper.splits(-(-rows // tile) * outputs // lanes, steps)
     stages = hopper.depth(stage, lanes, tile, steps // split)
     return Tuning(tile, step, stages, split, warpgroups, sums=tile <= 32)
 

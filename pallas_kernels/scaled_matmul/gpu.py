@@ -130,11 +130,11 @@ def default_tuning(rows, inputs, outputs, width, kind) -> Tuning:
     """By the roofline: fill all multiprocessors with few rows, reuse W with many."""
     exact = kind == jnp.int8 and width == inputs
     tile = next((r for r in (8, 16, 32, 64, 128) if rows <= r), 256 if exact else 128)
-    warpgroups = 2 if outputs % (2 * LANES) == 0 else 1
     # Float8 sums lose bits in the tensor core: after 128 inputs they go to float32.
     step = next(s for s in (128, 64, 32) if inputs % s == 0 and width % s == 0)
-    lanes, steps = LANES * warpgroups, inputs // step
-    split = hopper.splits(-(-rows // tile) * outputs // lanes, steps)
+    steps = inputs // step
+    warpgroups, split = hopper.spread(rows, tile, outputs, steps)
+    lanes = LANES * warpgroups
     stages = hopper.depth((lanes + tile) * step, lanes, tile, steps // split)
     return Tuning(tile, step, stages, split, warpgroups)
 

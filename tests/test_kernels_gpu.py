@@ -1,0 +1,297 @@
+"""The Hopper kernels beyond values: bits, tiles, what the compiler keeps in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import pallas_kernels
+from pallas_kernels import hopper, tuning
+from pallas_kernels.quantized_matmul import fragments, gpu_plan
+from pallas_kernels.quantized_matmul.cases import NF4
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BENCHMARK = REPOSITORY / "experiments" / "kernels"
+
+
+class Word:
+    """What the GPU's instructions do to a register, on an integer."""
+
+    def __init__(self, value: int):
+        self.value = value & 0xFFFFFFFF
+
+    @classmethod
+    def constant(cls, value: int) -> Word:
+        return cls(value)
+
+    def __and__(self, mask: int) -> Word:
+        return Word(self.value & mask)
+
+    def __or__(self, mask: int) -> Word:
+        return Word(self.value | mask)
+
+    def __xor__(self, mask: int) -> Word:
+        return Word(self.value ^ mask)
+
+    def __rshift__(self, count: int) -> Word:
+        return Word(self.value >> count)
+
+    def permuted(self, other: Word, select) -> Word:
+        """PTX ISA, prmt, default mode without sign replication."""
+        select = select if isinstance(select, int) else select.value
+        source = self.value.to_bytes(4, "little") + other.value.to_bytes(4, "little")
+        nibbles = [select >> 4 * i & 15 for i in range(4)]
+        assert max(nibbles) < 8, "the fourth bit would replicate the sign"
+        return Word(int.from_bytes(bytes(source[n] for n in nibbles), "little"))
+
+    def minus(self, other: Word) -> Word:
+        difference = (self.floats() - other.floats()).astype(ml_dtypes.bfloat16)
+        return Word(int(difference.view("<u4")[0]))
+
+    def floats(self) -> np.ndarray:
+        pair = np.array([self.value], "<u4").view(ml_dtypes.bfloat16)
+        return pair.astype(np.float32)
+
+
+def floats(pairs) -> list[float]:
+    return [float(value) for word in pairs for value in word.floats()]
+
+
+class TestFragments:
+    """Every byte value, through the instructions that the kernel emits."""
+
+    @pytest.mark.parametrize("part", (1, 2, 4, 8))
+    def test_digits(self, part):
+        rng = np.random.default_rng(part)
+        for value in range(256):
+            four = [value, *map(int, rng.integers(0, 256, 3))]
+            word = Word(int.from_bytes(bytes(four), "little"))
+            for place in range(8 // part):
+                digits = [byte >> part * place & (2**part - 1) for byte in four]
+                base = -128 if part == 8 else 128
+                want = [digit + base for digit in digits]
+                assert floats(fragments.digit_pairs(word, part, place)) == want
+
+    def test_levels(self):
+        table = np.asarray(NF4, ml_dtypes.bfloat16)
+        bits = table.view(np.uint16)
+        for value in range(256):
+            four = [value, 255 - value, value ^ 0x5A, 7 * value % 256]
+            word = Word(int.from_bytes(bytes(four), "little"))
+            low, high = fragments.level_pairs(word, bits)
+            assert floats(low) == [float(table[byte & 15]) for byte in four]
+            assert floats(high) == [float(table[byte >> 4]) for byte in four]
+
+    def test_columns(self):
+        """Thread q loads bytes 4b..4b+3 and wgmma takes them as 2q, 2q+1, 2q+8, 2q+9.
+
+        b is read off the load's layout (lanes run over rows, halves, blocks), as in
+        the library's own exchange of registers for 8-bit operands.
+        """
+        order = np.asarray(fragments.permute(jnp.arange(32)))
+        for q, start in enumerate((0, 8, 4, 12)):
+            held = order[[2 * q, 2 * q + 1, 2 * q + 8, 2 * q + 9]]
+            assert held.tolist() == [start, start + 1, start + 2, start + 3]
+        assert sorted(order.tolist()) == list(range(32))
+        assert (order[16:] == order[:16] + 16).all()
+
+
+class TestTuning:
+    """Default rules stay inside the machine; tables are checked when read."""
+
+    @pytest.mark.parametrize("name", ("quantized_matmul", "scaled_matmul"))
+    def test_default_fits(self, name):
+        op = pallas_kernels.ops()[name]
+        module = sys.modules[f"pallas_kernels.{name}.gpu"]
+        seen = 0
+        for case in op.cases:
+            if case.tiny:
+                continue
+            x, outputs = case.shapes[0], jax.tree.leaves(case.shapes[1])[0].shape[0]
+            block = case.options["block"] or x.shape[1]
+            last = (
+                (case.options["bits"], block)
+                if name == "quantized_matmul"
+                else (block, x.dtype)
+            )
+            made = module.default_tuning(*x.shape, outputs, *last)
+            steps = x.shape[1] // made.inputs
+            assert steps * made.inputs == x.shape[1]
+            assert steps % made.splits == 0
+            assert 1 <= made.stages <= steps // made.splits
+            assert outputs % (64 * made.warpgroups) == 0
+            blocks = -(-x.shape[0] // made.rows) * outputs // (64 * made.warpgroups)
+            if x.shape[0] <= 16:
+                busy = blocks * made.splits / hopper.PROCESSORS
+                assert busy >= 1 or steps // made.splits < 8, f"{case}: {busy:.2f}"
+            seen += 1
+        assert seen > 20
+
+    def test_refusals_say_why(self):
+        plane = np.zeros((64, 128), np.uint8)
+        with pytest.raises(NotImplementedError, match="100 outputs"):
+            gpu_plan.refuse(256, 100, 4, None, None, (plane,))
+        with pytest.raises(NotImplementedError, match="8 bytes of the 4-bit plane"):
+            gpu_plan.refuse(256, 64, 4, 16, None, (plane,))
+        with pytest.raises(NotImplementedError, match="only 4 bits"):
+            gpu_plan.refuse(256, 64, 2, None, (0.0, 1.0), (plane,))
+        with pytest.raises(NotImplementedError, match="16n"):
+            gpu_plan.refuse(172, 64, 4, None, None, (plane[:, :86],))
+
+    def test_table(self):
+        good = {"quantized_matmul": {"1x4096x4096x4x128": {"rows": 8, "stages": 4}}}
+        assert tuning.validate(good, "t.json") is good
+        assert tuning.slug("NVIDIA H200") == "nvidia-h200"
+        assert tuning.key((1, 4096)) == "1x4096"
+        for bad in ([], {"op": 3}, {"op": {"1x": {"a": 1}}}, {"op": {"1": {"a": -1}}}):
+            with pytest.raises(ValueError, match=r"t\.json"):
+                tuning.validate(bad, "t.json")
+
+    def test_committed_tables_name_real_fields(self):
+        folder = Path(tuning.__file__).parent / "tuning"
+        for file in folder.glob("*.json"):
+            for op, entries in tuning.table(file.stem).items():
+                module = sys.modules[f"pallas_kernels.{op.partition('-')[0]}.gpu"]
+                for fields in entries.values():
+                    assert module.Tuning(**fields).rows > 0
+        assert tuning.table("no-such-device") == {}
+
+
+DENSE = """
+import jax, jax.numpy as jnp
+from pallas_kernels import aot, ops
+op = ops()[{op!r}]
+device = aot.target("cuda", "h200")
+for case in op.cases:
+    if case.name in {cases!r}:
+        run = lambda *a: op.on("gpu", *a, **case.options)
+        print("CASE", case.name)
+        print(aot.compile_for(device, run, *case.shapes).as_text())
+"""
+
+
+def compiled_text(op: str, cases: tuple[str, ...]) -> dict[str, str]:
+    """The programs of these cases, compiled for CUDA in a process of their own."""
+    pytest.importorskip("jax_cuda13_plugin", reason="no CUDA plugin (extra cuda-aot)")
+    run = subprocess.run(
+        [sys.executable, "-c", DENSE.format(op=op, cases=cases)],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    parts = run.stdout.split("CASE ")[1:]
+    return {part.partition("\n")[0]: part for part in parts}
+
+
+def test_no_dense_weight_and_no_copy_of_planes():
+    """Nothing as large as W in floats exists, and planes go to the kernel untouched."""
+    cases = ("llama3-8b/o/w4-g128-asym/m16", "llama3-8b/gate_up/w3-g128-sym/m1")
+    found = compiled_text("quantized_matmul", cases)
+    assert sorted(found) == sorted(cases)
+    for name, text in found.items():
+        outputs = 4096 if "/o/" in name else 28672
+        weight = outputs * 4096
+        for kind, shape in re.findall(r"\b(bf16|f16|f32)\[([\d,]+)\]", text):
+            size = np.prod([int(n) for n in shape.split(",")])
+            assert size < weight / 8, f"{name}: {kind}[{shape}]"
+        made = [
+            line
+            for line in text.splitlines()
+            if re.search(r"= u8\[\d{4},\d+\]", line) and "parameter(" not in line
+        ]
+        assert not made, made
+        assert "mosaic" in text
+
+
+def test_timed_calls_stay_in_the_loop():
+    """The compiler may not take the measured kernel out of the timing loop."""
+    pytest.importorskip("jax_cuda13_plugin", reason="no CUDA plugin (extra cuda-aot)")
+    code = f"""
+import sys
+sys.path.insert(0, {str(BENCHMARK)!r})
+import jax, jax.numpy as jnp, timing
+from pallas_kernels import aot, ops
+op = ops()["quantized_matmul"]
+case = next(c for c in op.cases if c.name == "llama3-8b/o/w4-g128-asym/m16")
+run = timing.repeated(lambda *a: op.on("gpu", *a, **case.options))
+numbers = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
+device = aot.target("cuda", "h200")
+print(aot.compile_for(device, run, [case.shapes] * 2, *numbers).as_text())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    entry = run.stdout.partition("\nENTRY ")[2]
+    target = 'custom_call_target="mosaic'
+    assert run.stdout.count(target) == 2
+    assert target not in entry
+
+
+def test_benchmark_runs_here(tmp_path):
+    """The program measures the tiny cases of one op on a CPU, against float64."""
+    out = tmp_path / "results.json"
+    only = "quantized_matmul/tiny/square/w4-g128"
+    command = [sys.executable, str(BENCHMARK / "run.py"), "--only", only]
+    run = subprocess.run(
+        [*command, "--out", str(out), "--seed", "5"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    data = json.loads(out.read_text())
+    assert data["environment"]["seed"] == 5
+    assert data["ceilings"]["bytes_per_second"] > 0
+    (row,) = data["rows"]
+    assert row["status"] == "measured"
+    assert row["against"].startswith("float64")
+    assert 0 < row["error"] <= 1e-2
+    assert row["seconds"] > 0 and row["input_sets"] >= 4
+    assert row["bytes_per_second"] == row["bytes"] / row["seconds"]
+
+
+def test_tuner_offers_possible_tiles():
+    """Candidates contain the default and keep to whole steps."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(BENCHMARK)!r})
+import tune, pallas_kernels
+for name in ("quantized_matmul", "scaled_matmul"):
+    op = pallas_kernels.ops()[name]
+    for case in op.cases:
+        of = None if case.tiny else tune.subject(op, case)
+        if of is None or "8b/down" not in case.name:
+            continue
+        found = tune.candidates(of)
+        assert of.default in found, (case.name, of.default)
+        assert len(found) > 8, (case.name, len(found))
+        for t in found:
+            assert of.shape[1] % (t.inputs * t.splits) == 0
+print("done")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert run.returncode == 0 and "done" in run.stdout, run.stderr[-2000:]
