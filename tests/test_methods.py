@@ -20,6 +20,7 @@ from jaxllm.models import MLP, Attention, Layer, MoE, Transformer, init
 NAMES = sorted(methods.entries())
 GROUPED = {"group_size": 16}
 EXAMPLES = {
+    "ziplm": {"levels": 3},
     "smoothquant": {"bits": 8},
     "smoothquant_plus": {"steps": 2},
     "slim_llm": {"share": 0.5},
@@ -47,7 +48,10 @@ def tiny(**changes) -> Transformer:
 
 @pytest.fixture(scope="module")
 def model():
-    return init(tiny(init_std=0.2), jax.random.key(0))
+    """Of float32, with values that bfloat16 has too: lossless methods ask for them."""
+    made = init(tiny(init_std=0.2), jax.random.key(0))
+    exact = lambda x: x.astype(jnp.bfloat16).astype(x.dtype)  # noqa: E731
+    return made.replace(params=jax.tree.map(exact, made.params))
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +141,9 @@ def test_compresses_every_linear(name, model, made):
     result = made(name)
     for path in model.config.linears():
         small, big = weight(result, path), weight(model, path)
+        if marks(name, "adaptive") and not weights.compressed(small):
+            np.testing.assert_array_equal(small, big)  # left as it is
+            continue
         assert weights.compressed(small), path
         assert weights.nbytes(small) < weights.nbytes(big), path
 

@@ -16,6 +16,7 @@ from jaxllm.core.packing import pack, packed_bytes, unpack
 from jaxllm.core.patterns import Pattern
 from jaxllm.core.scales import Grid
 from jaxllm.core.solvers import nearest
+from jaxllm.core.tensors import tensor_train
 from jaxllm.core.weights import (
     ActivationQuantized,
     Gated,
@@ -77,6 +78,7 @@ TYPES = {
     "permuted": lambda: Transformed(
         Permutation(jax.random.permutation(jax.random.key(6), ROWS)), dense()
     ),
+    "mpo": lambda: tensor_train(0.6)(dense(), None),
     "gated, open": lambda: Gated(dense(), jnp.exp(dense(3, (ROWS,))), kept=ROWS),
     "w4a8": lambda: ActivationQuantized(rounded(Integer(4)), ActivationFormat(8)),
     "w8a8": lambda: ActivationQuantized(

@@ -352,6 +352,5 @@ def plan(step: Transform, model: Model, calibration=None) -> Model:
 
     Nothing is computed; misfits raise as they would in the real run.
     """
-    run = lambda p: step(model.replace(params=p), calibration).params  # noqa: E731
-    params = jax.eval_shape(run, model.params)
-    return model.replace(params=params)
+    run = lambda p: step(model.replace(params=p), calibration)  # noqa: E731
+    return jax.eval_shape(run, model.params)

@@ -45,9 +45,9 @@ def diagonal():
 
 
 @expression(needs=("moments",))
-def absolute():
-    """E[|x|]^2 of each input (ASVD and AWQ rank inputs by the mean magnitude)."""
-    return lambda stats, count: Metric(stats.moments.mean_absolute**2)
+def absolute(alpha: float = 1.0):
+    """E[|x|]^(2 alpha) of each input (ASVD and AWQ rank by the mean magnitude)."""
+    return lambda stats, count: Metric(stats.moments.mean_absolute ** (2 * alpha))
 
 
 @expression(needs=("gram",))

@@ -126,6 +126,25 @@ def taylor(second: bool = False):
     return score
 
 
+@expression(needs=("gram",))
+def leverage(ridge: float = 0.01):
+    """Ridge leverage [C (C + l I)^-1]_ii, summed over a unit's channels.
+
+    C = E[x xT], l = ``ridge`` mean(diag C): how little the other channels say about
+    this one (MoDeGPT, arXiv:2408.09632, algorithm 1).
+    """
+    if ridge <= 0:
+        raise ValueError(f"ridge {ridge}; accepted: above 0")
+
+    def score(part: Part):
+        c = part.stats.gram.mean
+        shift = ridge * jnp.diagonal(c).mean() + 1e-12
+        inverse = jnp.linalg.inv(c + shift * jnp.eye(len(c)))
+        return part.per_unit(1 - shift * jnp.diagonal(inverse))
+
+    return score
+
+
 @expression(needs=("moments",))
 def bias_fix():
     """The mean of what was removed becomes a bias: E[x_r] W_r (FLAP, eq. 3)."""

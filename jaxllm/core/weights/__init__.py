@@ -21,6 +21,7 @@ from jaxllm.core.weights.codebook import Codebook
 from jaxllm.core.weights.gated import Gated
 from jaxllm.core.weights.lowrank import LowRank, Sum, Trainable, merge
 from jaxllm.core.weights.planes import Planes
+from jaxllm.core.weights.mpo import MPO
 from jaxllm.core.weights.quantized import Quantized
 from jaxllm.core.weights.scattered import Scattered
 from jaxllm.core.weights.sparse import Sparse
@@ -34,6 +35,7 @@ from jaxllm.core.weights.transformed import (
 )
 
 __all__ = [
+    "MPO",
     "ActivationQuantized",
     "Codebook",
     "Gated",
