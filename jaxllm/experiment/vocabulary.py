@@ -20,8 +20,8 @@ def vocabulary(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
 
     SentencePiece and llama2.c files become its ``llama`` tokenizer (pieces with
     scores), byte-level BPE its ``gpt2`` (merges). A split pattern of one's own has no
-    name there (``pre`` is then ``default``): texts may be cut elsewhere. ``size`` is the model's vocabulary:
-    ids beyond the tokenizer's are unused ones.
+    name there (``pre`` is then ``default``): texts may be cut elsewhere. ``size`` is
+    the model's vocabulary: ids beyond the tokenizer's are unused ones.
 
     Raises ``ValueError`` for a tokenizer.json of another kind than byte-level BPE.
     """
