@@ -219,8 +219,8 @@ def _check_dense(model: Model) -> None:
     for path, leaf in leaf_paths(model.params, is_leaf=is_type).items():
         if is_type(leaf):
             raise TypeError(
-                f"{path} is {type(leaf).__name__}: this writes dense models; name an "
-                "exchange format (format='gptq' ...), or save it as a checkpoint"
+                f"{path} is {type(leaf).__name__}: only dense models without a format; "
+                "name one (gptq, awq, gguf ...), or save it as a checkpoint"
             )
         if np.dtype(leaf.dtype) not in FLOATS.values():
             raise TypeError(f"{path} is {leaf.dtype}; accepted: floats of 2 to 8 bytes")
