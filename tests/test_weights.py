@@ -10,15 +10,28 @@ import numpy as np
 import pytest
 
 from jaxllm.core import weights
-from jaxllm.core.formats import ActivationFormat, Integer, float_format, normal_float
+from jaxllm.core.codebooks import Centroids, DigitPlanes
+from jaxllm.core.formats import (
+    ActivationFormat,
+    Integer,
+    float_format,
+    normal_float,
+    searched_float,
+)
 from jaxllm.core.hadamard import hadamard, hadamard_matrix, hadamard_transform
+from jaxllm.core.metrics import identity
+from jaxllm.core.mixtures import AcrossOutputs, mixed_blocks
 from jaxllm.core.packing import pack, packed_bytes, unpack
 from jaxllm.core.patterns import Pattern
-from jaxllm.core.scales import Grid
+from jaxllm.core.scales import Grid, absmax, best_table
 from jaxllm.core.solvers import nearest
+from jaxllm.core.splits import outliers
+from jaxllm.core.stacks import signed_stack
 from jaxllm.core.tensors import tensor_train
+from jaxllm.core.vectors import vectors
 from jaxllm.core.weights import (
     ActivationQuantized,
+    EntropyCoded,
     Gated,
     Hadamard,
     LowRank,
@@ -80,6 +93,25 @@ TYPES = {
     ),
     "mpo": lambda: tensor_train(0.6)(dense(), None),
     "gated, open": lambda: Gated(dense(), jnp.exp(dense(3, (ROWS,))), kept=ROWS),
+    "listed outliers": lambda: outliers(0.02, identity(), "float32")(dense(), None),
+    "codebooks": lambda: nearest(Centroids(3, 16))(dense(), None),
+    "binary planes": lambda: nearest(DigitPlanes(2, block=16, shift=True))(
+        dense(), None
+    ),
+    "ternary planes": lambda: nearest(DigitPlanes(2, (-1.0, 0.0, 1.0)))(dense(), None),
+    "vectors": lambda: vectors(3, 4, 2, identity(), 5, False)(dense(), None),
+    "signed magnitudes": lambda: signed_stack(1, 4, identity())(dense(), None).terms[0],
+    "across outputs": lambda: nearest(AcrossOutputs(Grid(Integer(4), 8)))(
+        dense(), None
+    ),
+    "mixed blocks": lambda: mixed_blocks(3, 16, 0.34, absmax(), identity(), identity())(
+        dense(), None
+    ),
+    "entropy coded": lambda: EntropyCoded.of(dense().astype(jnp.bfloat16)),
+    "choice of floats": lambda: rounded(searched_float(4), 16, rule=best_table()),
+    "rounded zeros": lambda: rounded(
+        Integer(3), 8, scale_format=Integer(3), scale_block=16, zero_format=Integer(3)
+    ),
     "w4a8": lambda: ActivationQuantized(rounded(Integer(4)), ActivationFormat(8)),
     "w8a8": lambda: ActivationQuantized(
         rounded(Integer(8, True), None), ActivationFormat(8)

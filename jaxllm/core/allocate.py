@@ -83,7 +83,11 @@ def mixed(options, bits: float | int, solver: str = "milp"):
     the layer's output error tr((W - V)T E[x xT] (W - V)) on the dense model's inputs.
     Where only shapes are known (``plan``), the largest options that fit are taken.
     """
-    pipelines = tuple(_pipeline(option) for option in options)
+    return assigned(tuple(_pipeline(option) for option in options), bits, solver)
+
+
+def assigned(pipelines: tuple[Pipeline, ...], bits=None, solver: str = "milp"):
+    """The body of ``mixed``; without ``bits`` each weight gets its best pipeline."""
 
     def run(model: Model, context: Context) -> Model:
         paths = context.paths(model)
@@ -92,12 +96,16 @@ def mixed(options, bits: float | int, solver: str = "milp"):
         costs = [[cost for _, cost in found[path]] for path in paths]
         if any(isinstance(x, jax.core.Tracer) for row in losses for x in row):
             losses = [[-cost for cost in row] for row in costs]
-        entries = sum(weights.size(get(model.params, f"{p}.weight")) for p in paths)
-        chosen = allocate(losses, costs, bits * entries / 8, solver)
+        budget = np.inf
+        if bits is not None:
+            entries = sum(weights.size(get(model.params, f"{p}.weight")) for p in paths)
+            budget = bits * entries / 8
+        chosen = allocate(losses, costs, budget, "greedy" if bits is None else solver)
         each = {p: pipelines[i] for p, i in zip(paths, chosen, strict=True)}
         return compress_each(model, context, each)
 
-    return marked(run, needs=("gram",))
+    needs = tuple({"gram", *(n for p in pipelines for n in p.needs)})
+    return marked(run, needs=needs, adaptive=True)
 
 
 def _pipeline(option) -> Pipeline:

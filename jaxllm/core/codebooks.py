@@ -128,17 +128,24 @@ class DigitPlanes:
         return jax.lax.scan(step, state, length=self.steps + 1)[0][1]
 
     def _greedy(self, block, weight):
-        """One plane after the other on what is left: alpha = E[w d] / E[d^2]."""
+        """One plane after the other on what is left, with the better sign."""
         digits = jnp.asarray(self.digits, jnp.float32)
         mean = lambda x: (weight * x).sum(0) / weight.sum(0)  # noqa: E731
         offset = mean(block) if self.shift else jnp.zeros(block.shape[1])
-        rest, found = block - offset, []
-        for _ in range(self.planes):
-            scale = jnp.maximum(mean(jnp.abs(rest)), TINY)
+
+        def plane(rest, sign):
+            """alpha = E[w d] / E[d^2] for the nearest digits d, and what it leaves."""
+            scale = sign * jnp.maximum(mean(jnp.abs(rest)), TINY)
             d = digits[jnp.abs(rest[..., None] / scale[:, None] - digits).argmin(-1)]
             alpha = mean(rest * d) / jnp.maximum(mean(d * d), TINY)
-            rest = rest - alpha * d
-            found.append(alpha)
+            return alpha, rest - alpha * d
+
+        rest, found = block - offset, []
+        for _ in range(self.planes):
+            (up, above), (down, below) = plane(rest, 1.0), plane(rest, -1.0)
+            first = mean(above**2) <= mean(below**2)
+            found.append(jnp.where(first, up, down))
+            rest = jnp.where(first, above, below)
         return jnp.stack((*found, *[offset] * self.shift))
 
     def _least_squares(self, d, block, weight):

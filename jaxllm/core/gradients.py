@@ -14,6 +14,6 @@ def squared_gradients(model: Model, batches, paths: tuple[str, ...]):
     count = float(sum(len(batch.tokens) for batch in batches))
     found = slopes(model, batches, paths)
     return {
-        path: Fisher(square * count, jnp.float32(count))
+        path: Fisher(square * count, jnp.full(square.shape[:-2], count))
         for path, (_, square) in found.items()
     }

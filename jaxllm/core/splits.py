@@ -137,3 +137,9 @@ def adapter(rank: int = 8, alpha: float = 16.0, rank_stabilized: bool = False):
         return Trainable(LowRank(first, jnp.zeros((rank, out), w.dtype), gain))
 
     return part
+
+
+@expression
+def trainable(part=low_rank()):
+    """Another part that training may change afterwards, as it does an adapter."""
+    return lambda w, stats, key=None: Trainable(part(w, stats, key))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.core.arrays import Leaf
-from jaxllm.core.formats.base import TINY, Integer
+from jaxllm.core.formats.base import TINY, Integer, Levels
 from jaxllm.core.packing import pack, unpack
 
 
@@ -29,22 +29,28 @@ class ActivationFormat:
     """Rounding of activations along the last axis: one scale per token and block.
 
     ``symmetric`` uses absmax, otherwise min and max; ``clip`` shrinks the range;
-    ``block`` None means the whole last axis.
+    ``block`` None means the whole last axis; ``element`` replaces the integers of
+    ``bits`` by other levels (``float_format(4, 3)``).
     """
 
     bits: int | Any  # text and files give anything: checked below
     symmetric: bool = True
     block: int | None = None
     clip: float = 1.0
+    element: Levels | None = None
 
     def __post_init__(self):
         Integer(self.bits)
+        if self.element is not None and self.element.bits != self.bits:
+            raise ValueError(f"{self.element} is no format of {self.bits} bits")
+        if self.element is not None and not self.symmetric:
+            raise ValueError(f"{self.element} has no zero point: use symmetric")
         if not 0 < self.clip <= 1:
             raise ValueError(f"clip {self.clip}; accepted: 0 < clip <= 1")
 
     @property
-    def format(self) -> Integer:
-        return Integer(self.bits, self.symmetric)
+    def format(self) -> Integer | Levels:
+        return self.element or Integer(self.bits, self.symmetric)
 
     def _grid(self, x):
         blocks = x.astype(jnp.float32).reshape(

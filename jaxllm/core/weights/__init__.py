@@ -18,12 +18,15 @@ from jaxllm.core.weights.base import (
     size,
 )
 from jaxllm.core.weights.codebook import Codebook
+from jaxllm.core.weights.entropy import EntropyCoded
 from jaxllm.core.weights.gated import Gated
 from jaxllm.core.weights.lowrank import LowRank, Sum, Trainable, merge
-from jaxllm.core.weights.planes import Planes
 from jaxllm.core.weights.mpo import MPO
+from jaxllm.core.weights.planes import Planes
 from jaxllm.core.weights.quantized import Quantized
+from jaxllm.core.weights.rowgroups import RowGroups, Transposed
 from jaxllm.core.weights.scattered import Scattered
+from jaxllm.core.weights.signed import Signed
 from jaxllm.core.weights.sparse import Sparse
 from jaxllm.core.weights.transformed import (
     Hadamard,
@@ -33,11 +36,13 @@ from jaxllm.core.weights.transformed import (
     Scale,
     Transformed,
 )
+from jaxllm.core.weights.vectors import Vectors
 
 __all__ = [
     "MPO",
     "ActivationQuantized",
     "Codebook",
+    "EntropyCoded",
     "Gated",
     "Hadamard",
     "LowRank",
@@ -46,12 +51,16 @@ __all__ = [
     "Permutation",
     "Planes",
     "Quantized",
+    "RowGroups",
     "Scale",
     "Scattered",
+    "Signed",
     "Sparse",
     "Sum",
     "Trainable",
     "Transformed",
+    "Transposed",
+    "Vectors",
     "Weight",
     "compressed",
     "dot",

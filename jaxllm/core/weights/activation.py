@@ -49,6 +49,7 @@ class ActivationQuantized(Weight):
             and w.block is None
             and w.format.bits > 1
             and a.symmetric
+            and a.element is None
             and a.block is None
         )
 

@@ -76,10 +76,11 @@ class Quantized(Weight):
             return super().dot(x)
         out = self.planes[0].shape[-2]
         scale, zero = self.scale, self.zero
+        narrow = isinstance(scale, Weight) or scale.dtype == jnp.float8_e8m0fnu
         return quantized_matmul(
             x,
             self.planes,
-            _plain(scale, out) if isinstance(scale, Weight) else scale,
+            _plain(scale, out) if narrow else scale,
             _plain(zero, out) if isinstance(zero, Weight) else zero,
             bits=form.bits,
             block=self.block,

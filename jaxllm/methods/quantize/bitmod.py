@@ -1,6 +1,6 @@
 """BitMoD: each group picks its own extended 3- or 4-bit float."""
 
-from jaxllm.core.card import Card
+from jaxllm.core.card import Card, Claim
 from jaxllm.core.compose import compress, transform
 from jaxllm.core.formats import extended_float
 from jaxllm.core.scales import Grid, best_table
@@ -9,7 +9,7 @@ from jaxllm.core.solvers import nearest
 card = Card(
     "BitMoD",
     paper="arXiv:2411.11745",
-    claims=(),
+    claims=(Claim("bitmod(3, 32)", "rtn(bits=3, group_size=32)"),),
     composes="last of the weight methods; after rescaling, rotation or pruning",
 )
 

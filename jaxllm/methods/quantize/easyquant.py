@@ -1,6 +1,6 @@
 """EasyQuant: outliers stay exact, the range of the rest is optimised, without data."""
 
-from jaxllm.core.card import Card
+from jaxllm.core.card import Card, Claim
 from jaxllm.core.compose import compress, transform
 from jaxllm.core.exempt import exempting
 from jaxllm.core.formats import Integer
@@ -11,7 +11,7 @@ from jaxllm.core.splits import outliers as largest
 card = Card(
     "EasyQuant",
     paper="arXiv:2403.02775",
-    claims=(),
+    claims=(Claim("easyquant(3)", "rtn(bits=3, group_size=48)"),),
     composes="last of the weight methods; needs no calibration",
 )
 

@@ -1,6 +1,6 @@
 """GPTAQ: GPTQ against the outputs that the dense model's own inputs would give."""
 
-from jaxllm.core.card import Card
+from jaxllm.core.card import Card, Claim
 from jaxllm.core.compose import compress, transform
 from jaxllm.core.formats import Integer
 from jaxllm.core.metrics import asymmetric, gram
@@ -10,7 +10,7 @@ from jaxllm.core.solvers import obs
 card = Card(
     "GPTAQ",
     paper="arXiv:2504.02692",
-    claims=(),
+    claims=(Claim("gptaq(3, None)", "gptq(bits=3, group_size=None)"),),
     composes="after pruning it keeps the zeros; after rescaling or rotation",
 )
 
@@ -30,7 +30,8 @@ def gptaq(
 
     Each input i also sends w_i P_ij to later inputs, P = triu(D UT, 1) U with
     D = ``share`` E[(x~ - x) xT] (section 4; a quarter, as in the authors' code). The
-    streams part block by block, in the paper layer by layer.
+    streams part block by block, in the paper layer by layer. The range of a group is
+    fitted with the drift of its own inputs already mended.
     """
     grid = Grid(Integer(bits, symmetric), group_size, mse() if clip else absmax())
     order = "activation" if act_order else "given"

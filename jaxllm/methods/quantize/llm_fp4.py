@@ -1,6 +1,6 @@
 """LLM-FP4: floats whose exponent bits and bias are searched."""
 
-from jaxllm.core.card import Card
+from jaxllm.core.card import Card, Claim
 from jaxllm.core.compose import compress, transform
 from jaxllm.core.formats import searched_float
 from jaxllm.core.metrics import diagonal
@@ -10,7 +10,7 @@ from jaxllm.core.solvers import nearest
 card = Card(
     "LLM-FP4",
     paper="arXiv:2310.16836",
-    claims=(),
+    claims=(Claim("llm_fp4(4)", "rtn(bits=4, group_size=None)"),),
     composes="last of the weight methods; after rescaling, rotation or pruning",
 )
 

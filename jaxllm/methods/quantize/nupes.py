@@ -1,6 +1,6 @@
 """NUPES: integers of a power of the weights; each output has its own exponent."""
 
-from jaxllm.core.card import Card
+from jaxllm.core.card import Card, Claim
 from jaxllm.core.compose import compress, transform
 from jaxllm.core.formats import powers
 from jaxllm.core.metrics import diagonal
@@ -10,7 +10,7 @@ from jaxllm.core.solvers import nearest
 card = Card(
     "NUPES",
     paper="arXiv:2308.05600",
-    claims=(),
+    claims=(Claim("nupes(3)", "rtn(bits=3, group_size=None)"),),
     composes="last of the weight methods; after rescaling, rotation or pruning",
 )
 EXPONENTS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

@@ -1,6 +1,6 @@
 """QuantEase: cyclic coordinate descent on the layer's output error."""
 
-from jaxllm.core.card import Card
+from jaxllm.core.card import Card, Claim
 from jaxllm.core.compose import compress, transform
 from jaxllm.core.descent import coordinates
 from jaxllm.core.formats import Integer
@@ -10,7 +10,7 @@ from jaxllm.core.scales import Grid
 card = Card(
     "QuantEase",
     paper="arXiv:2309.01885",
-    claims=(),
+    claims=(Claim("quantease(3)", "gptq(bits=3, group_size=None)"),),
     composes="after pruning it keeps the zeros; after rescaling or rotation",
 )
 

@@ -1,6 +1,6 @@
 """SpQR: sensitive weights stay apart; GPTQ rounds the rest on twice rounded grids."""
 
-from jaxllm.core.card import Card
+from jaxllm.core.card import Card, Claim
 from jaxllm.core.compose import compress, transform
 from jaxllm.core.exempt import exempting
 from jaxllm.core.formats import Integer
@@ -11,7 +11,7 @@ from jaxllm.core.splits import sensitive
 card = Card(
     "SpQR",
     paper="arXiv:2306.03078",
-    claims=(),
+    claims=(Claim("spqr(3, 16, 3, 0.01)", "gptq(bits=3, group_size=28)"),),
     composes="after rescaling or rotation; not after pruning",
 )
 

@@ -1,0 +1,126 @@
+"""Vector quantization: codebooks by weighted k-means, assignment with compensation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.core import metrics
+from jaxllm.core.spec import expression
+from jaxllm.core.sweep import upper_factor
+from jaxllm.core.weights import Vectors
+
+
+@expression
+def vectors(
+    length: int,
+    bits: int,
+    stages: int = 1,
+    metric=metrics.gram(),
+    steps: int = 30,
+    compensate: bool = True,
+):
+    """``length`` consecutive inputs of an output become sums of codebook entries.
+
+    Codebooks of 2^bits entries serve the whole matrix: k-means on all vectors, each
+    coordinate weighted by H_ii, then on what is left. Groups of inputs are assigned
+    in turn, nearest under H_ii; with ``compensate`` later inputs absorb the error:
+    W_rest -= U_b,restT U_bb^-T (W_b - Q_b) (VPTQ, arXiv:2409.17066, section 3).
+    """
+    if length < 1 or stages < 1 or not 1 <= bits <= 8:
+        raise ValueError(f"length {length}, bits {bits}, stages {stages}: 1, 1..8, 1")
+
+    def solve(w, stats, key=None, support=None) -> Vectors:
+        if support is not None:
+            raise TypeError("codebook vectors cannot keep a sparse support")
+        found = metric(stats, len(w))
+        short = -len(w) % length
+        dense = jnp.pad(w.astype(jnp.float32), ((0, short), (0, 0)))
+        cost = jnp.pad(found.importance, (0, short)).reshape(-1, length)
+        cost = cost / cost.mean() + 1e-6
+        key = jax.random.key(0) if key is None else key
+        tables = _codebooks(_cut(dense, length), cost, (stages, bits, steps), key)
+        if compensate:
+            u = upper_factor(found.full())
+            u = jnp.pad(u, ((0, short), (0, short)))
+            u = u + jnp.diag((jnp.arange(len(u)) >= len(w)).astype(u.dtype))
+            codes = _swept(dense, u, tables, cost)
+        else:
+            codes = jax.vmap(_assigned, (0, None, 0), 1)(
+                _cut(dense, length), tables, cost
+            )[0]
+        codes = jnp.swapaxes(codes, 1, 2).astype(jnp.uint8)
+        stored = tables.astype(jnp.bfloat16)
+        return Vectors.encode(codes, stored, bits, len(w), w.dtype)
+
+    return solve
+
+
+def _cut(w, length: int):
+    """[in, out] as [vectors, out, length]."""
+    return jnp.swapaxes(w.reshape(-1, length, w.shape[1]), 1, 2)
+
+
+def _codebooks(points, cost, plan, key):
+    """Tables [stage, entries, length] for points [vectors, out, length]."""
+    stages, bits, steps = plan
+    flat = points.reshape(-1, points.shape[-1])
+    weight = jnp.repeat(cost, points.shape[1], 0)
+    rest, tables = flat, []
+    for stage in range(stages):
+        table = _lloyd(rest, weight, 2**bits, steps, jax.random.fold_in(key, stage))
+        tables.append(table)
+        rest = rest - table[_nearest(rest, table, weight)]
+    return jnp.stack(tables)
+
+
+def _lloyd(points, weight, count: int, steps: int, key):
+    """Weighted k-means; entries are those that bfloat16 can store."""
+    score = (weight * points**2).sum(1) + 1e-12
+    start = jax.random.choice(key, len(points), (count,), p=score / score.sum())
+
+    def step(_, table):
+        near = _nearest(points, table, weight)
+        mass = jax.ops.segment_sum(weight, near, count)
+        total = jax.ops.segment_sum(weight * points, near, count)
+        return jnp.where(mass > 0, total / jnp.maximum(mass, 1e-12), table)
+
+    table = jax.lax.fori_loop(0, steps, step, points[start])
+    return table.astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def _nearest(points, table, weight):
+    """argmin_k sum weight (x - c_k)^2, without the points' own squares."""
+    cross = (weight * points) @ table.T
+    return (weight @ (table**2).T - 2 * cross).argmin(1)
+
+
+def _assigned(points, tables, cost):
+    """(codes [stage, out], sums [out, length]) of vectors [out, length]."""
+    weight = jnp.broadcast_to(cost, points.shape)
+    rest, codes = points, []
+    for table in tables:
+        near = _nearest(rest, table, weight)
+        codes.append(near)
+        rest = rest - table[near]
+    return jnp.stack(codes), points - rest
+
+
+def _swept(w, u, tables, cost):
+    """Codes [stage, vectors, out]; later inputs absorb each group's error."""
+    length = tables.shape[-1]
+    count, out = len(w) // length, w.shape[1]
+
+    def one(i, state):
+        w, codes = state
+        start = i * length
+        here = jax.lax.dynamic_slice_in_dim(w, start, length, 0)
+        found, q = _assigned(here.T, tables, cost[i])
+        rows = jax.lax.dynamic_slice_in_dim(u, start, length, 0)
+        own = jax.lax.dynamic_slice_in_dim(rows, start, length, 1)
+        error = jax.scipy.linalg.solve_triangular(own, here - q.T, trans="T")
+        later = jnp.where((jnp.arange(len(w)) >= start + length)[None], rows, 0.0)
+        return w - later.T @ error, codes.at[:, i].set(found.astype(jnp.uint8))
+
+    blank = jnp.zeros((len(tables), count, out), jnp.uint8)
+    return jax.lax.fori_loop(0, count, one, (w, blank))[1]

@@ -1,0 +1,30 @@
+"""SliM-LLM: salient groups of inputs get a bit more, others a bit less."""
+
+from jaxllm.core.card import Card
+from jaxllm.core.compose import compress, transform
+from jaxllm.core.metrics import gram, pivots
+from jaxllm.core.mixtures import mixed_blocks
+from jaxllm.core.scales import mse
+
+card = Card(
+    "SliM-LLM",
+    paper="arXiv:2405.14917",
+    claims=(),
+    composes="after rescaling or rotation; not after pruning",
+)
+
+
+@transform
+def slim_llm(
+    bits: int = 2, group_size: int = 128, share: float = 0.125, damping: float = 0.01
+):
+    """Salience w^2 / [H^-1]_ii decides bits per group and weighs the scale's search.
+
+    As many groups get ``bits`` + 1 as ``bits`` - 1 (section 3.2); their ``share`` is
+    given, where the paper searches it by the divergence of the layer's outputs. The
+    range of each group has the least salience-weighted error (section 3.3), for all
+    its weights alike; then GPTQ's sweep.
+    """
+    metric = gram(damping)
+    body = mixed_blocks(bits, group_size, share, mse(), metric, pivots(metric))
+    return compress(body)

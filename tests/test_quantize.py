@@ -1,0 +1,322 @@
+"""What the solvers, sets and formats of weight-only quantization promise."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm import methods
+from jaxllm.core import weights
+from jaxllm.core.codebooks import Centroids, DigitPlanes
+from jaxllm.core.descent import coordinates
+from jaxllm.core.exempt import exempting
+from jaxllm.core.formats import (
+    Integer,
+    bipolar,
+    extended_float,
+    power_levels,
+    searched_float,
+    shifts,
+)
+from jaxllm.core.metrics import Metric, asymmetric, gram, identity, pivots
+from jaxllm.core.mixtures import AcrossOutputs, mixed_blocks
+from jaxllm.core.packing import pack_trits, unpack_trits
+from jaxllm.core.scales import (
+    Grid,
+    absmax,
+    absmean,
+    best_table,
+    least_squares,
+    microscale,
+    mse,
+)
+from jaxllm.core.solvers import nearest, obs
+from jaxllm.core.splits import outliers, sensitive
+from jaxllm.core.stacks import signed_stack
+from jaxllm.core.stats import Drift, Samples, Stats
+from jaxllm.core.vectors import vectors
+
+ROWS, OUT = 48, 20
+
+
+@pytest.fixture(scope="module")
+def layer():
+    """A weight, correlated inputs, and the drifted inputs of a compressed prefix."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    w = jax.random.normal(keys[0], (ROWS, OUT))
+    mix = jax.random.normal(keys[1], (ROWS, ROWS)) * jnp.exp(jnp.linspace(-2, 1, ROWS))
+    exact = jax.random.normal(keys[2], (512, ROWS)) @ mix
+    x = exact + 0.3 * jax.random.normal(keys[3], (512, ROWS)) @ mix
+    return w, x, exact
+
+
+def statistics(x, exact=None):
+    found = Stats.of(("gram", "moments"), x)
+    if exact is None:
+        return found
+    ones = jnp.ones(len(x))
+    drift = Drift.between(Samples(x, ones), Samples(exact, ones))
+    return Stats({**found.items, "drift": drift})
+
+
+def loss(w, made, x, goal=None) -> float:
+    wanted = (x if goal is None else goal) @ w
+    return float(jnp.sum((x @ weights.materialize(made) - wanted) ** 2))
+
+
+def plain_error(w, made) -> float:
+    return float(jnp.sum((w - weights.materialize(made)) ** 2))
+
+
+def numpy_gptaq(w, h, d, bits: int, damping: float):
+    """The authors' loop in float64, one column at a time; ``w`` is [out, in]."""
+    import ml_dtypes
+
+    w, h, d = (np.float64(x) for x in (w, h, d))
+    h[np.diag_indices(len(h))] += damping * np.mean(np.diag(h))
+    u = np.linalg.cholesky(np.linalg.inv(h)).T
+    p = np.triu(d @ u.T, 1) @ u
+    low, high = np.minimum(w.min(1), 0), np.maximum(w.max(1), 0)
+    scale = (high - low) / (2**bits - 1)
+    zero = np.clip(np.round(-low / scale), 0, 2**bits - 1)
+    scale = scale.astype(ml_dtypes.bfloat16).astype(np.float64)
+    q = np.zeros_like(w)
+    for i in range(len(h)):
+        code = np.clip(np.round(w[:, i] / scale + zero), 0, 2**bits - 1)
+        q[:, i] = (code - zero) * scale
+        here, error = w[:, i].copy(), (w[:, i] - q[:, i]) / u[i, i]
+        w[:, i + 1 :] += np.outer(here, p[i, i + 1 :])
+        w[:, i + 1 :] -= np.outer(error, u[i, i + 1 :])
+    return q
+
+
+def test_gptaq_equals_an_independent_transcription(layer):
+    w, x, exact = layer
+    stats = statistics(x, exact)
+    made = obs(Grid(Integer(4)), asymmetric(gram(0.01), 0.25))(w, stats)
+    drift = 0.25 * stats.drift.mean
+    expected = numpy_gptaq(w.T, stats.gram.mean, drift, 4, 0.01).T
+    wrong = jnp.abs(weights.materialize(made) - expected) > 1e-3
+    assert wrong.mean() < 0.02  # ties of rounding may fall either way
+
+
+def test_mending_the_drift_comes_closer_to_the_dense_outputs(layer):
+    w, x, exact = layer
+    stats, grid = statistics(x, exact), Grid(Integer(4), 16)
+    mended = obs(grid, asymmetric(gram(0.01), 1.0))(w, stats)
+    assert loss(w, mended, x, exact) < 0.99 * loss(w, obs(grid)(w, stats), x, exact)
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4))
+def test_coordinate_descent_ends_below_the_sweep(bits, layer):
+    """QuantEase's claim on one layer, with the same grid and the same bytes."""
+    w, x, _ = layer
+    stats, grid = statistics(x), Grid(Integer(bits))
+    found, swept = coordinates(grid)(w, stats), obs(grid)(w, stats)
+    assert weights.nbytes(found) == weights.nbytes(swept)
+    assert loss(w, found, x) < loss(w, swept, x)
+    sparse = coordinates(grid, outliers=0.05)(w, stats)
+    assert loss(w, sparse, x) < 0.8 * loss(w, found, x)
+    assert sparse.terms[1].values.size == int(0.05 * w.size)
+
+
+def test_coordinate_descent_keeps_a_support(layer):
+    w, x, _ = layer
+    support = jnp.arange(ROWS)[:, None] % 2 == jnp.arange(OUT)[None] % 2
+    made = coordinates(Grid(Integer(4), 16))(w, statistics(x), None, support)
+    assert not jnp.where(support, 0, weights.materialize(made)).any()
+
+
+def test_exempt_weights_are_exact_and_the_rest_is_on_the_grid(layer):
+    w, x, _ = layer
+    grid, split = Grid(Integer(3), 16), outliers(0.1, identity(), "float32")
+    made = exempting(grid, split, identity(), compensate=False)(w, statistics(x))
+    free = jnp.abs(w) >= jnp.sort(jnp.abs(w).ravel())[-int(0.1 * w.size)]
+    error = jnp.abs(weights.materialize(made) - w)
+    assert jnp.where(free, error, 0).max() < 1e-6
+    assert plain_error(w, made) < 0.7 * plain_error(w, nearest(grid)(w, None))
+    swept = exempting(grid, split, gram())(w, statistics(x))
+    assert loss(w, swept, x) < 0.8 * loss(w, made, x)
+
+
+def test_the_most_sensitive_weight_is_the_one_that_stretches_its_group():
+    """One outlier per group: leaving it out helps the others, so it is chosen."""
+    w = jax.random.uniform(jax.random.key(1), (32, 4), minval=-1.0, maxval=1.0)
+    w = w.at[5, 0].set(9.0).at[20, 2].set(-7.0)
+    ones = lambda stats, count: Metric(jnp.ones(count))  # noqa: E731
+    kept = sensitive(2 / w.size, Grid(Integer(3), 16), ones)(w, None)
+    places = np.argwhere(np.asarray(kept.materialize())).tolist()
+    assert places == [[5, 0], [20, 2]]
+
+
+def test_pivots_are_the_inverse_of_the_inverses_diagonal(layer):
+    _, x, _ = layer
+    stats = statistics(x)
+    h = np.float64(gram(0.01)(stats, ROWS).full())
+    expected = 1 / np.diag(np.linalg.inv(h))
+    np.testing.assert_allclose(pivots()(stats, ROWS).importance, expected, rtol=2e-3)
+
+
+@pytest.mark.parametrize("digits", ((-1.0, 1.0), (-1.0, 0.0, 1.0), (0.0, 1.0)))
+def test_alternating_least_squares_improves_on_the_greedy_start(digits, layer):
+    w = layer[0]
+    errors = [
+        plain_error(w, nearest(DigitPlanes(2, digits, 16, steps=s))(w, None))
+        for s in (0, 1, 20)
+    ]
+    assert errors[2] < errors[1] < errors[0]
+
+
+def test_planes_with_a_shift_contain_the_uniform_grid():
+    """LUT-GEMM, section 3.1: alpha_i = 2^i s / 2 and a shift give any integers."""
+    codes = (
+        jax.random.randint(jax.random.key(2), (64, 3), 0, 8).at[0].set(0).at[1].set(7)
+    )
+    w = 0.25 * codes - 0.5
+    made = nearest(DigitPlanes(3, block=32, shift=True, steps=40))(w, None)
+    assert plain_error(w, made) < 1e-3 * float((w**2).sum())
+
+
+def test_powers_of_two_are_stored_in_a_byte(layer):
+    w = layer[0]
+    made = nearest(DigitPlanes(3, block=16, dtype="float8_e8m0fnu"))(w, None)
+    power = jnp.log2(made.alpha.astype(jnp.float32))
+    np.testing.assert_array_equal(power, jnp.round(power))
+    assert made.alpha.dtype.itemsize == 1
+
+
+@pytest.mark.parametrize("count", (1, 5, 7, 16))
+def test_five_trits_share_a_byte(count):
+    codes = np.random.default_rng(0).integers(0, 3, (4, count)).astype(np.uint8)
+    packed = pack_trits(jnp.asarray(codes))
+    assert packed.shape == (4, -(-count // 5))
+    np.testing.assert_array_equal(unpack_trits(packed, count), codes)
+
+
+def test_centroids_go_where_the_importance_is(layer):
+    """Weighted k-means has the least weighted error, plain k-means the least plain."""
+    w = layer[0]
+    cost = jnp.exp(2 * jax.random.normal(jax.random.key(3), w.shape))
+    weigh = lambda stats, count: Metric(cost)  # noqa: E731
+    ours, plain = (nearest(Centroids(3), m)(w, None) for m in (weigh, identity()))
+    weighted = lambda made: float((cost * (w - made.materialize()) ** 2).sum())  # noqa: E731
+    assert weighted(ours) < 0.8 * weighted(plain)
+    assert plain_error(w, plain) < plain_error(w, ours)
+    assert plain_error(w, plain) < plain_error(w, nearest(Grid(Integer(3)))(w, None))
+
+
+def test_groups_across_outputs_isolate_a_strong_input(layer):
+    """AdaDim, section 3: a large input row no longer widens its neighbours' range."""
+    w = layer[0].at[7].multiply(30.0)
+    grid = Grid(Integer(3), 10)
+    across, along = nearest(AcrossOutputs(grid))(w, None), nearest(grid)(w, None)
+    rest = jnp.arange(ROWS) != 7
+    error = lambda made: float(((w - made.materialize())[rest] ** 2).sum())  # noqa: E731
+    assert error(across) < 0.2 * error(along)
+    x = layer[1]
+    swept = obs(AcrossOutputs(grid))(w, statistics(x))
+    assert loss(w, swept, x) < loss(w, across, x)
+
+
+def test_mixed_blocks_keep_the_mean_bits_and_give_more_to_the_salient(layer):
+    w, x, _ = layer
+    stats = statistics(x)
+    made = mixed_blocks(2, 8, 0.34, mse())(w, stats)
+    bits = [p.format.bits for p in made.parts]
+    assert bits == [3, 2, 1] and made.parts[0].shape == made.parts[2].shape
+    even = mixed_blocks(2, 8, 0.0, mse())(w, stats)
+    assert loss(w, made, x) < loss(w, even, x)
+    assert weights.nbytes(made) <= weights.nbytes(even)
+
+
+def test_compensated_vectors_beat_plain_assignment(layer):
+    w, x, _ = layer
+    stats = statistics(x)
+    plain = vectors(2, 4, compensate=False)(w, stats)
+    swept, twice = vectors(2, 4)(w, stats), vectors(2, 4, stages=2)(w, stats)
+    assert weights.nbytes(plain) == weights.nbytes(swept)
+    assert loss(w, twice, x) < loss(w, swept, x) < loss(w, plain, x)
+
+
+def test_each_block_of_a_stack_lowers_the_error(layer):
+    w, x, _ = layer
+    made = signed_stack(4, 2)(w, statistics(x))
+    parts = [weights.Sum(made.terms[: k + 1]) for k in range(4)]
+    errors = [plain_error(w, part) for part in parts]
+    assert errors == sorted(errors, reverse=True) and errors[3] < 0.3 * errors[0]
+
+
+def test_a_choice_is_at_least_as_good_as_each_of_its_tables(layer):
+    w = layer[0]
+    for choice in (extended_float(3), searched_float(4)):
+        ours = plain_error(w, nearest(Grid(choice, 16, best_table()))(w, None))
+        for table in choice.tables:
+            assert ours <= plain_error(w, nearest(Grid(table, 16))(w, None)) * 1.0001
+
+
+def test_least_squares_scales_are_better_than_their_start(layer):
+    w = layer[0]
+    for rule in (absmax(), absmean()):
+        grid = lambda r: Grid(Integer(1, True), 16, r)  # noqa: E731
+        fitted = nearest(grid(least_squares(rule)))(w, None)
+        assert plain_error(w, fitted) < plain_error(w, nearest(grid(rule))(w, None))
+
+
+def test_tables_are_those_of_the_papers():
+    assert bipolar(2).levels == (-3, -1, 1, 3)
+    assert shifts(3).levels == (-1, -0.5, -0.25, 0, 0.25, 0.5, 1)
+    assert extended_float(3).tables[2].levels == (-4, -2, -1, 0, 1, 2, 4, 6)
+    assert power_levels(3, 0.5).levels[-2] == pytest.approx(4 / 9)
+
+
+def test_microscaling_shares_a_power_of_two_in_a_byte():
+    """OCP MX 1.0: the scale of a block with largest magnitude 5 is 2^(2 - 2)."""
+    w = jnp.linspace(-5, 5, 32)[:, None]
+    grid = methods.find("microscaling")("mxfp4").call.solve.target
+    assert grid.rule == microscale()
+    made = nearest(grid)(w, None)
+    assert made.scale.dtype == jnp.float8_e8m0fnu
+    assert float(made.scale[0, 0]) == 1.0
+    assert weights.nbytes(made) == 16 + 1
+
+
+def test_lossless_weights_are_exact_and_smaller(builtin):
+    """DFloat11: bit-equal logits, below 12 bits where bfloat16 takes 16."""
+    small = methods.parse("dfloat11()")(builtin)
+    tokens = jnp.arange(24, dtype=jnp.int32)[None]
+    np.testing.assert_array_equal(small(tokens), builtin(tokens))
+    size = sum(
+        weights.nbytes(small.params["layers"]["0"]["mlp"][n]) for n in ("up", "down")
+    )
+    dense = sum(
+        builtin.params["layers"]["0"]["mlp"][n]["weight"].size for n in ("up", "down")
+    )
+    assert size * 8 / dense < 12
+
+
+def test_lossless_refuses_what_is_no_bfloat16(builtin):
+    third = jax.tree.map(lambda x: x / 3, builtin.params)
+    with pytest.raises(ValueError, match=r"layers\.0.*no bfloat16"):
+        methods.parse("dfloat11()")(builtin.replace(params=third))
+
+
+@pytest.mark.parametrize(
+    "text, needle",
+    (
+        ("bcq(5)", "planes"),
+        ("adadim(dimension='both')", "accepted"),
+        ("microscaling('mx9')", "accepted"),
+        ("slim_llm(share=0.7)", "share"),
+        ("nupes(exponents=(0.0, 1.0))", "exponent"),
+        ("bitmod(5)", "accepted: 3, 4"),
+        ("vptq(bits=9)", "bits 9"),
+        ("pb_llm(by='luck')", "accepted"),
+        ("gptaq(share=2)", "share"),
+        ("finequant(alpha=0)", "alpha"),
+    ),
+)
+def test_wrong_arguments_are_refused(text, needle):
+    with pytest.raises((TypeError, ValueError), match=needle):
+        methods.parse(text)
