@@ -200,7 +200,7 @@ def _shared(ref, *indices):
     ]
 
 
-def _tile_id(plan: Plan, index, list_: int, step):
+def _tile_id(plan: Plan, index, list_, step):
     """The tile of keys that a step of a list attends to."""
     batch, head, rows = _place()
     first = rows * (ROWS * WARPGROUPS) + list_ * plan.rows
