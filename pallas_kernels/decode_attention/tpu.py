@@ -148,12 +148,11 @@ def _parted(plan: Plan, refs):
 
 
 def _compact(s, groups: int):
-    """[rows / groups, columns] of scores: each column keeps its own group's rows."""
-    count = s.shape[0] // groups
-    r = lax.broadcasted_iota(jnp.int32, (count, s.shape[0]), 0)
-    row = lax.broadcasted_iota(jnp.int32, (count, s.shape[0]), 1)
-    picks = (row >= r * groups) & (row < (r + 1) * groups)
-    return dot(picks.astype(jnp.float32), s)
+    """Scores [rows, tokens * groups], zero off a row's own group, as [rows, tokens]."""
+    if groups % 8 == 0:  # whole sublanes: the reshape is free
+        return s.T.reshape(-1, groups, s.shape[0]).sum(1).T
+    picks = tpu_cache.selection(s.shape[1] // groups, groups, jnp.float32)
+    return dot(s, picks, transpose=True)
 
 
 def launch(plan: Plan, q, keys, values, lengths, pages, interpret: bool):
@@ -178,14 +177,13 @@ def launch(plan: Plan, q, keys, values, lengths, pages, interpret: bool):
     ]
     shapes = [(batch, plan.splits, *spec.block_shape[2:]) for spec in out_specs]
     if plan.sums:
-        copies = rows // plan.keys.groups
         out_specs.append(
             pl.BlockSpec(
-                (1, copies, plan.columns),
+                (1, rows, plan.tokens),
                 lambda b, s, i, *_: (b, 0, s * plan.steps + i),
             )
         )
-        shapes.append((batch, copies, plan.splits * plan.steps * plan.columns))
+        shapes.append((batch, rows, plan.splits * plan.steps * plan.tokens))
     table = jnp.zeros((1, 1), jnp.int32) if pages is None else pages
     return pl.pallas_call(
         lambda *refs: decode_kernel(plan, *refs),
@@ -240,15 +238,16 @@ def combine(plan: Plan, parts, peaks, totals, sinks):
     return mixed / safe, peak + jnp.log(safe)
 
 
-def step_tokens(plan_tokens: int | None, slots: int, keys: Side) -> int:
-    """The tokens of a step for a dense cache: a divisor of its slots."""
-    columns = COLUMNS if keys.bits is None else COLUMNS // 2
-    largest = plan_tokens or max(columns // keys.groups, keys.tokens)
+def step_tokens(wanted: int | None, slots: int, sides: tuple[Side, Side]) -> int:
+    """The tokens of a step for a cache without pages: a divisor of its slots."""
+    keys, packed = sides[0], any(side.bits is not None for side in sides)
+    columns = COLUMNS // 2 if packed else COLUMNS
+    least = LANES if packed else 64  # scales lie with the slots minor
+    largest = wanted or max(columns // keys.groups, keys.tokens, least)
     largest = max(largest, 256) if keys.minor else largest
     if slots <= largest:
         return slots
     size = 1 << (largest.bit_length() - 1)
-    least = 128 if keys.minor else 64
     while size >= least and slots % size:
         size //= 2
     if size < least or size % keys.tokens:
@@ -263,7 +262,7 @@ def make_plan(keys, values, pages, tuning: Tuning, options) -> Plan:
         sides = tuple(dataclasses.replace(side, minor=True) for side in sides)
     slots, window = keys.shape[1], options["window"]
     if pages is None:
-        tokens, tiles = step_tokens(tuning.tokens, slots, sides[0]), 1
+        tokens, tiles = step_tokens(tuning.tokens, slots, sides), 1
         blocks = slots // tokens
     else:
         count, largest = pages.shape[1], COLUMNS // (slots * sides[0].groups)
@@ -308,12 +307,10 @@ def decode_attention(
 def _column_sums(plan: Plan, scores, logsum, lengths, pages, keys):
     """[batch, groups, slots]: exp(score - logsum) over the heads of a group."""
     slots = keys.shape[1] if pages is None else pages.shape[1] * keys.shape[1]
-    batch, copies, _ = scores.shape
-    scores = scores.reshape(batch, copies, -1, plan.keys.groups)[:, :, :slots]
     slot, length = jnp.arange(slots)[None], lengths[:, None]
     seen = slot < length
     if plan.window is not None:
         seen = seen & (slot >= length - plan.window)
-    logsum = logsum.reshape(batch, copies, 1, plan.keys.groups)
-    shares = jnp.where(seen[:, None, :, None], jnp.exp(scores - logsum), 0.0)
-    return jnp.swapaxes(shares.sum(1), 1, 2)
+    shares = jnp.exp(scores[:, :, :slots] - logsum)
+    shares = jnp.where(seen[:, None], shares, 0.0)
+    return shares.reshape(len(scores), -1, plan.keys.groups, slots).sum(1)

@@ -6,9 +6,10 @@ is masked, which costs no more than a matrix unit with few rows anyway, and neit
 cache nor a tile is ever transposed. Codes are multiplied as they are: scales per token
 go to the scores' columns, scales per channel to the queries.
 
-Where a head's codes are narrower than the 128 lanes, XLA keeps the cache with the slots
-minor. Such a tile is [groups, bytes, tokens] instead (``Side.minor``): every row meets
-every group's tile and keeps the product of its own.
+XLA keeps arrays whose last axis is short with the slots minor. Scales per token come
+that way, and a product with zeros and ones spreads them over the groups. So do codes
+narrower than the 128 lanes: their tile is [groups, bytes, tokens] (``Side.minor``);
+every row meets every group's tile and keeps the product of its own.
 """
 
 from __future__ import annotations
@@ -87,12 +88,11 @@ def operands(cache, side: Side) -> list:
     if side.bits is None:
         return [rows_of(cache)]
     params = [cache.scale] + ([cache.zero] if side.zeros else [])
-    if side.minor:
-        codes = cache.codes[0].transpose(0, 2, 3, 1)
-        return [codes, *(p.transpose(0, 3, 2, 1) for p in params)]
+    codes = cache.codes[0]
+    codes = codes.transpose(0, 2, 3, 1) if side.minor else rows_of(codes)
     if side.per_channel:
-        return [rows_of(cache.codes[0]), *map(rows_of, params)]
-    return [rows_of(cache.codes[0]), *map(lanes_of, params)]
+        return [codes, *map(rows_of, params)]
+    return [codes, *(p.transpose(0, 3, 2, 1) for p in params)]
 
 
 def rows_of(x):
@@ -100,23 +100,15 @@ def rows_of(x):
     return x.reshape(x.shape[0], -1, x.shape[3])
 
 
-def lanes_of(x):
-    """[rows, tokens, groups, blocks] as [rows, blocks, tokens * groups]."""
-    return jnp.swapaxes(rows_of(x), 1, 2)
-
-
 def specs(arrays, side: Side, tokens: int, place) -> list:
     """Blocks of ``tokens`` tokens; ``place`` gives (row, block of tokens)."""
 
     def spec(n, array):
-        if side.minor:
+        if array.ndim == 4:
             shape, index = (1, *array.shape[1:3], tokens), lambda r, t: (r, 0, 0, t)
-        elif n == 0 or side.per_channel:
+        else:
             height = tokens * side.groups // (side.tokens if n else 1)
             shape, index = (1, height, array.shape[2]), lambda r, t: (r, t, 0)
-        else:
-            shape = (1, array.shape[1], tokens * side.groups)
-            index = lambda r, t: (r, 0, t)  # noqa: E731
         return pl.BlockSpec(shape, lambda *ids: index(*place(*ids)))
 
     return [spec(n, array) for n, array in enumerate(arrays)]
@@ -154,30 +146,65 @@ def own_lanes(x, side: Side, block: int):
     return jnp.where(inside, x, jnp.zeros_like(x))
 
 
-def shift(tile, side: Side, block: int):
-    """Zero points [1, columns] of a block of channels, or the middle code."""
+def own_group(product, rows: int, groups: int):
+    """Rows r * groups + g of ``product(g)``, for every g."""
+    own = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0) % groups
+    out = product(0)
+    for g in range(1, groups):
+        out = jnp.where(own == g, product(g), out)
+    return out
+
+
+def meet(rows, codes, side: Side, transpose: bool):
+    """rows codes^T (or rows codes), against the codes of every row's own group."""
+    if not side.minor:
+        return dot(rows, codes, transpose)
+    product = lambda g: dot(rows, codes[g], not transpose)  # noqa: E731
+    return own_group(product, rows.shape[0], side.groups)
+
+
+def selection(tokens: int, groups: int, dtype):
+    """0/1 [tokens, tokens * groups]: the columns t * groups + g of token t."""
+    token = jax.lax.broadcasted_iota(jnp.int32, (tokens, tokens * groups), 0)
+    column = jax.lax.broadcasted_iota(jnp.int32, (tokens, tokens * groups), 1)
+    first = token * groups
+    return ((column >= first) & (column < first + groups)).astype(dtype)
+
+
+def each_row(x, rows: int, side: Side):
+    """[groups, tokens] of scales or zeros for rows r * groups + g and all columns.
+
+    Exact: one term a sum, and bytes and bfloat16 scales are bfloat16 numbers.
+    """
+    if x.dtype == jnp.uint8:
+        x = x.astype(jnp.int32).astype(jnp.float32).astype(jnp.bfloat16)
+    if not side.minor:
+        x = dot(x, selection(x.shape[1], side.groups, x.dtype))
+    return jnp.concatenate([x.astype(jnp.float32)] * (rows // side.groups), axis=0)
+
+
+def shift(tile, side: Side, block: int, rows: int):
+    """Zero points of a block of channels, or the middle code."""
     if not side.zeros:
         return float(2 ** (side.bits - 1))
-    return tile[2][block : block + 1].astype(jnp.int32).astype(jnp.float32)
+    return each_row(tile[2][block], rows, side)
 
 
 def scores(q, tile, side: Side):
     """q k^T, float32 [rows, columns]; ``q`` are the pieces [pieces, rows, lanes]."""
-    pieces = range(side.pieces)
+    pieces, rows = range(side.pieces), q.shape[1]
     if side.bits is None:
         return dot(q[0], tile[0], transpose=True)
-    if side.minor:
-        return _minor_scores(q, tile, side)
     codes = [piece(tile[0], side, n, q.dtype) for n in pieces]
     if side.per_channel:
         return _channel_scores(q, codes, tile, side)
     total = 0.0
     for block in range(side.blocks):
         mine = [own_lanes(q[n], side, block) for n in pieces]
-        product = sum(dot(mine[n], codes[n], transpose=True) for n in pieces)
+        product = sum(meet(mine[n], codes[n], side, transpose=True) for n in pieces)
         whole = sum(m.astype(jnp.float32).sum(-1, keepdims=True) for m in mine)
-        scale = tile[1][block : block + 1].astype(jnp.float32)
-        total = total + scale * (product - whole * shift(tile, side, block))
+        shifted = product - whole * shift(tile, side, block, rows)
+        total = total + each_row(tile[1][block], rows, side) * shifted
     return total
 
 
@@ -217,78 +244,18 @@ def _apart_exact(x, side: Side):
     return dot(x, (old == source).astype(jnp.float32))
 
 
-def own_group(product, rows: int, groups: int):
-    """Rows r * groups + g of ``product(g)``, for every g."""
-    own = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0) % groups
-    out = product(0)
-    for g in range(1, groups):
-        out = jnp.where(own == g, product(g), out)
-    return out
-
-
-def _each_row(tile, rows: int):
-    """[groups, tokens] of scales or zeros for rows r * groups + g, in float32."""
-    wide = tile.astype(jnp.int32) if tile.dtype == jnp.uint8 else tile
-    return jnp.concatenate([wide.astype(jnp.float32)] * (rows // len(tile)), axis=0)
-
-
-def _minor_shift(tile, side: Side, block: int, rows: int):
-    if not side.zeros:
-        return float(2 ** (side.bits - 1))
-    return _each_row(tile[2][block], rows)
-
-
-def _minor_codes(tile, side: Side, dtype):
-    pieces = range(side.pieces)
-    return [[piece(group, side, n, dtype) for n in pieces] for group in tile[0]]
-
-
-def _minor_scores(q, tile, side: Side):
-    """float32 [rows, tokens] against tiles [groups, lanes, tokens]."""
-    codes, rows, total = _minor_codes(tile, side, q.dtype), q.shape[1], 0.0
-    for block in range(side.blocks):
-        mine = [own_lanes(q[n], side, block) for n in range(side.pieces)]
-        product = own_group(
-            lambda g, mine=mine: sum(map(dot, mine, codes[g])), rows, side.groups
-        )
-        whole = sum(m.astype(jnp.float32).sum(-1, keepdims=True) for m in mine)
-        shifted = product - whole * _minor_shift(tile, side, block, rows)
-        total = total + _each_row(tile[1][block], rows) * shifted
-    return total
-
-
-def _minor_mix(shares, tile, side: Side, dtype):
-    codes, rows = _minor_codes(tile, side, dtype), shares.shape[0]
-    out = [0.0] * side.pieces
-    for block in range(side.blocks):
-        rounded = (shares * _each_row(tile[1][block], rows)).astype(dtype)
-        middle = rounded.astype(jnp.float32) * _minor_shift(tile, side, block, rows)
-        middle = middle.sum(-1, keepdims=True)
-        for n in range(side.pieces):
-            part = own_group(
-                lambda g, n=n, p=rounded: dot(p, codes[g][n], transpose=True),
-                rows,
-                side.groups,
-            )
-            out[n] = out[n] + own_lanes(part - middle, side, block)
-    return out
-
-
 def mix(shares, tile, side: Side, dtype):
     """shares v as pieces, a list of float32 [rows, lanes]."""
     if side.bits is None:
         return [dot(shares.astype(tile[0].dtype), tile[0])]
-    if side.minor:
-        return _minor_mix(shares, tile, side, dtype)
+    rows = shares.shape[0]
     codes = [piece(tile[0], side, n, dtype) for n in range(side.pieces)]
     out = [0.0] * side.pieces
     for block in range(side.blocks):
-        scaled = shares * tile[1][block : block + 1].astype(jnp.float32)
-        rounded = scaled.astype(dtype)
-        middle = (rounded.astype(jnp.float32) * shift(tile, side, block)).sum(
-            -1, keepdims=True
-        )
+        scaled = (shares * each_row(tile[1][block], rows, side)).astype(dtype)
+        middle = scaled.astype(jnp.float32) * shift(tile, side, block, rows)
+        middle = middle.sum(-1, keepdims=True)
         for n in range(side.pieces):
-            part = dot(rounded, codes[n]) - middle
+            part = meet(scaled, codes[n], side, transpose=False) - middle
             out[n] = out[n] + own_lanes(part, side, block)
     return out

@@ -1,0 +1,200 @@
+"""Attention ops: what their meanings promise, and gradients of every argument."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from jaxllm.core.formats import ActivationFormat
+from pallas_kernels.block_sparse_attention import block_index, top_blocks
+from pallas_kernels.block_sparse_attention.reference import listed
+from pallas_kernels.decode_attention import QuantizedCache
+from pallas_kernels.flash_attention.cases import projections
+from pallas_kernels.flash_attention.reference import visibility
+from pallas_kernels.flash_attention.tpu import Mask
+from pallas_kernels.shapes import TINY_HEADS
+
+OPS = pallas_kernels.ops()
+FLASH = OPS["flash_attention"].reference
+SPARSE = OPS["block_sparse_attention"].reference
+DECODE = OPS["decode_attention"].reference
+
+
+def arrays(queries: int, keys: int, batch: int = 1):
+    return projections(jax.random.key(3), TINY_HEADS, batch, queries, keys, jnp.float32)
+
+
+def near(a, b, tolerance=2e-5):
+    np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)
+
+
+class TestMeaning:
+    """Identities between the three ops and their options."""
+
+    def test_sinks_take_a_share_and_give_nothing(self):
+        q, k, v = arrays(24, 24)
+        logits = jnp.array([-1.0, 0.0, 1.0, 2.0])
+        got = FLASH(q, k, jnp.ones_like(v), None, logits)
+        keys = jnp.repeat(k, 2, axis=2)
+        scores = jnp.einsum("bqhd,bthd->bhqt", q, keys) * q.shape[-1] ** -0.5
+        scores = jnp.where(jnp.tri(24, dtype=bool)[None, None], scores, -jnp.inf)
+        total = jnp.exp(scores).sum(-1)
+        share = total / (total + jnp.exp(logits)[None, :, None])
+        near(got[..., 0], jnp.swapaxes(share, 1, 2))
+
+    def test_first_positions_outlive_the_window(self):
+        q, k, v = arrays(32, 32)
+        last = lambda v: FLASH(q, k, v, window=4, first=2)[0, -1].sum()  # noqa: E731
+        felt = jnp.abs(jax.grad(last)(v)[0]).sum((1, 2)) > 0
+        assert felt.nonzero()[0].tolist() == [0, 1, 28, 29, 30, 31]
+
+    def test_padding_sees_and_shows_nothing(self):
+        q, k, v = arrays(16, 16)
+        ids = jnp.array([[1] * 6 + [2] * 6 + [0] * 4])
+        out = FLASH(q, k, v, (ids, ids))
+        assert not out[0, 12:].any()
+        near(out[:, 6:12], FLASH(q[:, 6:12], k[:, 6:12], v[:, 6:12]))
+
+    def test_all_blocks_is_exact_attention(self):
+        q, k, v = arrays(48, 80)
+        lists = top_blocks(q, k, block_q=16, block_k=16, keep=5)
+        near(SPARSE(q, k, v, *lists, block_q=16, block_k=16), FLASH(q, k, v))
+
+    def test_decoding_is_the_last_row(self):
+        q, k, v = arrays(1, 40, batch=2)
+        lengths = jnp.array([40, 13])
+        got = DECODE(q[:, 0], k, v, lengths, window=9)
+        near(got[:1], FLASH(q, k, v, window=9)[:1, 0])
+        near(got[1:], FLASH(q[1:], k[1:, :13], v[1:, :13], window=9)[:, 0])
+
+    def test_pages_are_the_cache_in_another_order(self):
+        q, k, v = arrays(1, 32, batch=2)
+        pages = jnp.array([[5, 0, 3, 6], [1, 7, 2, 4]])
+
+        def pool(x):
+            cut = x.reshape(2, 4, 8, *x.shape[2:])
+            return jnp.zeros((8, *cut.shape[2:])).at[pages].set(cut)
+
+        lengths = jnp.array([32, 9])
+        paged = DECODE(q[:, 0], pool(k), pool(v), lengths, pages)
+        near(paged, DECODE(q[:, 0], k, v, lengths))
+
+    def test_sums_count_the_heads_of_a_group(self):
+        q, k, v = arrays(1, 32, batch=2)
+        lengths = jnp.array([32, 9])
+        _, sums = DECODE(q[:, 0], k, v, lengths, sums=True)
+        near(sums.sum(-1), jnp.full((2, 2), 2.0))
+        assert not sums[1, :, 9:].any()
+
+    @pytest.mark.parametrize("bits", [2, 4, 8])
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_quantized_cache_reads_the_models_format(self, bits, symmetric):
+        x = jax.random.normal(jax.random.key(0), (2, 6, 2, 64))
+        form = ActivationFormat(bits, symmetric, block=32)
+        packed = form.encode(x)
+        cache = QuantizedCache(packed.codes, packed.scale, packed.zero, bits)
+        assert cache.shape == x.shape
+        near(cache.dequantize(), form.decode(packed), 1e-6)
+
+
+class TestLists:
+    """Block masks, lists and their closed forms."""
+
+    def test_index_and_mask_are_inverse(self):
+        mask = jax.random.uniform(jax.random.key(1), (2, 3, 5, 7)) < 0.4
+        mask = mask.at[0, 0, 0].set(False)
+        index, count = block_index(mask)
+        assert (listed(index, count, 7) == mask).all()
+        assert (jnp.diff(index, axis=-1) >= 0).all()
+        assert int(count[0, 0, 0]) == 0
+
+    def test_top_blocks_keep_first_diagonal_and_best(self):
+        q, k, _ = arrays(64, 64)
+        k = k.at[:, 16:24].set(10 * jnp.repeat(q[:, -8:, :1], 2, axis=2))
+        index, count = top_blocks(q, k, block_q=8, block_k=8, keep=3)
+        assert count[0, 0].tolist() == [1, 2] + [3] * 6
+        assert index[0, 0, -1].tolist() == [0, 2, 7]
+
+    @pytest.mark.parametrize("causal", [True, False])
+    @pytest.mark.parametrize(("window", "first"), [(None, 0), (20, 0), (20, 3)])
+    def test_blocks_of_a_mask(self, causal, window, first):
+        mask = Mask(90, causal, window, first)
+        low = np.arange(0, 64, 16) + 26
+        seen = visibility(
+            jnp.arange(26, 90),
+            jnp.arange(96),
+            causal=causal,
+            window=window,
+            first=first,
+        )
+        seen = seen & (jnp.arange(96) < 90)[None]
+        blocks = np.asarray(seen).reshape(4, 16, 12, 8).any((1, 3))
+        assert (mask.blocks(low, low + 15, 8, 12) == blocks).all()
+
+
+class TestKernels:
+    """What discovery does not ask of the kernels: other gradients, empty rows."""
+
+    def test_flash_rows_that_see_nothing(self):
+        q, k, v = arrays(128, 128)
+        ids = jnp.where(jnp.arange(128) < 64, 1, 2)[None]
+        kernel = lambda *a: OPS["flash_attention"].on(  # noqa: E731
+            "tpu", *a, (ids, jnp.ones_like(ids)), interpret=True
+        )
+        assert not kernel(q, k, v)[0, 64:].any()
+        grads = jax.grad(lambda *a: kernel(*a).sum(), argnums=(0, 1, 2))(q, k, v)
+        assert all(bool(jnp.isfinite(g).all()) for g in grads)
+        assert not grads[0][0, 64:].any()
+
+    @pytest.mark.parametrize(
+        ("name", "case", "wanted"),
+        [
+            ("flash_attention", "tiny/sinks-window", (1, 2, 4)),
+            ("block_sparse_attention", "tiny/cap", (1, 2)),
+        ],
+    )
+    def test_gradients_of_keys_values_and_sinks(self, name, case, wanted):
+        op = OPS[name]
+        (case,) = (c for c in op.cases if c.name == case)
+        args = case.make(jax.random.key(5))
+
+        def gradients(function):
+            def loss(*chosen):
+                changed = list(args)
+                for place, value in zip(wanted, chosen, strict=True):
+                    changed[place] = value
+                return jnp.sin(function(*changed)).sum()
+
+            places = tuple(range(len(wanted)))
+            return jax.grad(loss, argnums=places)(*(args[n] for n in wanted))
+
+        kernel = lambda *a: op.on("tpu", *a, interpret=True, **case.options)  # noqa: E731
+        reference = lambda *a: op.reference(*a, **case.options)  # noqa: E731
+        for got, want in zip(gradients(kernel), gradients(reference), strict=True):
+            near(got, want, 1e-4)
+
+    def test_decoding_from_an_empty_cache(self):
+        q, k, v = arrays(1, 64, batch=2)
+        got = OPS["decode_attention"].on(
+            "tpu", q[:, 0], k, v, jnp.array([0, 64]), interpret=True
+        )
+        assert not got[0].any()
+        near(got[1], FLASH(q, k, v)[1, 0])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda q, k, v: FLASH(q, k, v, window=0), "window 0"),
+        (lambda q, k, v: FLASH(q, k, v, first=4), "first 4"),
+        (lambda q, k, v: FLASH(q[:, :, :3], k, v), "multiple of groups"),
+        (lambda q, k, v: top_blocks(q, k, block_q=8, block_k=8, keep=1), "keep 1"),
+        (lambda q, k, v: block_index(jnp.ones((1, 1, 2, 2), bool), 3), "width 3"),
+    ],
+)
+def test_refusals_name_the_value(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*arrays(16, 16))
