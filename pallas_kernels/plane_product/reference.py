@@ -46,4 +46,5 @@ def plane_product(
     middle = 2 ** (bits - 1) if offset is None else offset
     w = unpack(planes, bits, x_codes.shape[-1]).astype(jnp.int32) - middle
     total = jnp.einsum("...k,nk->...n", x_codes.astype(jnp.int32), w)
-    return (total.astype(jnp.float32) * x_scale * w_scale[:, 0]).astype(out_dtype)
+    per_output = w_scale.reshape((1,) * (total.ndim - 1) + (-1,))
+    return (total.astype(jnp.float32) * x_scale * per_output).astype(out_dtype)

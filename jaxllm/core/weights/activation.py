@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.core.arrays import static, to_rank
+from jaxllm.core.arrays import static
 from jaxllm.core.formats import ActivationFormat, Integer
 from jaxllm.core.weights import base
 from jaxllm.core.weights.base import Names, Weight
 from jaxllm.core.weights.quantized import Quantized
+from pallas_kernels.plane_product import op as plane_product
 
 
 @jax.tree_util.register_dataclass
@@ -47,6 +48,7 @@ class ActivationQuantized(Weight):
             and isinstance(w.format, Integer)
             and w.zero is None
             and w.block is None
+            and not isinstance(w.scale, Weight)
             and w.format.bits > 1
             and a.symmetric
             and a.element is None
@@ -61,14 +63,15 @@ class ActivationQuantized(Weight):
         scale = scale[..., 0].astype(jnp.bfloat16).astype(jnp.float32)
         codes = grid.encode(x.astype(jnp.float32) / scale)
         left = (codes.astype(jnp.int32) - int(grid.offset)).astype(jnp.int8)
-        right = w.codes().astype(jnp.int32) - int(w.format.offset)
-        contract = (((x.ndim - 1,), (right.ndim - 1,)), ((), ()))
-        product = jax.lax.dot_general(
-            left, right.astype(jnp.int8), contract, preferred_element_type=jnp.int32
+        return plane_product(
+            left,
+            w.planes,
+            scale,
+            w.scale.astype(jnp.float32),
+            bits=w.format.bits,
+            offset=int(w.format.offset),
+            out_dtype=x.dtype,
         )
-        per_output = to_rank(w.scale[:, 0].astype(jnp.float32), product.ndim)
-        out = product.astype(jnp.float32) * scale * per_output
-        return out.astype(x.dtype)
 
     def refine(self, solve, stats, support=None):
         inner = base.refine(self.inner, solve, stats, support)
