@@ -57,29 +57,50 @@ def quantized_matmul(
 ):
     """``reference.quantized_matmul`` on Hopper's tensor cores.
 
-    x is multiplied in bfloat16, sums are float32; tables (4 bits) are rounded to
-    bfloat16. NotImplementedError where a block of inputs is no multiple of 16 bytes of
-    each plane, rows of planes are not aligned to 16 bytes, or outputs to 64.
+    Sums are float32. x is multiplied in bfloat16: wider x as two terms, high and low,
+    in one pass over W. Rounded to bfloat16 are tables (4 bits) and, for many rows of
+    bfloat16, scaled weights. NotImplementedError where a block of inputs is no multiple
+    of 16 bytes of each plane, rows of planes are not aligned to 16 bytes, or outputs
+    to 64.
     """
     compat.require_hopper(interpret)
     if interpret and compat.VERSION < (0, 11):
         raise NotImplementedError("jax 0.10's interpreter cannot load single columns")
     lead, inputs = x.shape[:-1], x.shape[-1]
-    rows, outputs = max(1, x.size // inputs), len(planes[0])
+    outputs, narrow = len(planes[0]), x.dtype == jnp.bfloat16
+    if not x.size:
+        return jnp.zeros((*lead, outputs), x.dtype)
+    terms = _terms(x.reshape(-1, inputs))
+    rows = len(terms)
     refuse(inputs, outputs, bits, block, levels, planes)
     if tuning is None:
         shape = (rows, inputs, outputs, bits, block or inputs)
-        found = None if interpret else tables.look_up("quantized_matmul", shape)
-        tuning = Tuning(**found) if found else default_tuning(*shape)
-    many = jnp.pad(x.reshape(-1, inputs), ((0, -rows % tuning.rows), (0, 0)))
-    plan = plan_of(many, outputs, zero, bits, block, levels, offset, tuning)
+        found = None
+        if narrow and not interpret:
+            found = tables.look_up("quantized_matmul", shape)
+        tuning = Tuning(**found) if found else default_tuning(*shape, not narrow)
+    many = jnp.pad(terms, ((0, -rows % tuning.rows), (0, 0)))
+    plan = plan_of(many, outputs, zero, bits, block, levels, offset, tuning, narrow)
     xs = [_reorder(many, plane, plan) for plane in plan.planes]
     operands = (*xs, *planes, scale, *(() if plan.zero == "none" else (zero,)))
     with compat.interpret_gpu() if interpret else contextlib.nullcontext():
         y = _call(plan, interpret)(*operands)
     if plan.partial:
         y = y.sum(0).T
-    return y[:rows].astype(x.dtype).reshape(*lead, outputs)
+    y = y[:rows]
+    if not narrow:
+        y = y.reshape(2, -1, outputs).sum(0)
+    return y.astype(x.dtype).reshape(*lead, outputs)
+
+
+def _terms(x):
+    """x [M, K] as bfloat16; of wider dtypes the high above the low terms [2 M, K]."""
+    high = x.astype(jnp.bfloat16)
+    if x.dtype == jnp.bfloat16:
+        return high
+    wide = x.astype(jnp.float32)
+    low = wide - lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7)
+    return jnp.concatenate([high, low.astype(jnp.bfloat16)])
 
 
 def _reorder(x, plane: Plane, plan: Plan):

@@ -104,23 +104,27 @@ def refuse(inputs, outputs, bits, block, levels, planes) -> None:
             )
 
 
-def default_tuning(rows, inputs, outputs, bits, block) -> Tuning:
-    """By the roofline: fill all multiprocessors with few rows, reuse W with many."""
-    tile = next((r for r in (8, 16, 32, 64, 128) if rows <= r), 128)
-    step = next(
-        (s for s in (512, 256, 128, 64, 32) if _fits(s, inputs, bits, block)), 0
-    )
+def default_tuning(rows, inputs, outputs, bits, block, exact=False) -> Tuning:
+    """By the roofline: fill all multiprocessors with few rows, reuse W with many.
+
+    ``exact`` keeps scales in float32 for many rows too.
+    """
+    sizes = (512, 256, 128, 64, 32)
+    step = next((s for s in sizes if _fits(s, inputs, bits, block)), 0)
     if not step:
         raise NotImplementedError(
             f"no step of 32 to 64 bytes divides {inputs} inputs into whole blocks of "
             f"{block} at {bits} bits"
         )
+    # Sums of each block of a step live in registers beside the total.
+    most = 128 if not exact else 64 if step <= block else 32
+    tile = next((r for r in (8, 16, 32, 64) if rows <= r <= most), most)
     steps = inputs // step
     warpgroups, split = hopper.spread(rows, tile, outputs, steps)
     lanes = LANES * warpgroups
     stage = len(parts(bits)) * 2 * tile * step + lanes * step * bits // 8
     stages = hopper.depth(stage, lanes, tile, steps // split)
-    return Tuning(tile, step, stages, split, warpgroups, sums=tile <= 32)
+    return Tuning(tile, step, stages, split, warpgroups, exact or tile <= 32)
 
 
 def _fits(step: int, inputs: int, bits: int, block: int) -> bool:
@@ -134,7 +138,7 @@ def _fits(step: int, inputs: int, bits: int, block: int) -> bool:
     )
 
 
-def plan_of(x, outputs, zero, bits, block, levels, offset, tuning) -> Plan:
+def plan_of(x, outputs, zero, bits, block, levels, offset, tuning, narrow) -> Plan:
     """The plan for padded ``x`` [M, K] and these arguments."""
     planes, low = [], 0
     for part in reversed(parts(bits)):
@@ -156,6 +160,6 @@ def plan_of(x, outputs, zero, bits, block, levels, offset, tuning) -> Plan:
         zero=kind,
         middle=float(2 ** (bits - 1) if offset is None else offset),
         levels=levels,
-        narrow=x.dtype == jnp.bfloat16,
+        narrow=narrow,
         tuning=tuning,
     )

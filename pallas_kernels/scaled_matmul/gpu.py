@@ -97,8 +97,10 @@ def scaled_matmul(
         raise NotImplementedError("jax 0.10's interpreter cannot load single columns")
     width = check(x_codes, w_codes, x_scale, w_scale, block)
     lead, inputs, outputs = x_codes.shape[:-1], x_codes.shape[-1], len(w_codes)
+    if not x_codes.size:
+        return jnp.zeros((*lead, outputs), out_dtype)
     _refuse(inputs, outputs, width)
-    rows = max(1, x_codes.size // inputs)
+    rows = x_codes.size // inputs
     kind = x_codes.dtype
     if tuning is None:
         shape = (rows, inputs, outputs, width)
