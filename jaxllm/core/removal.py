@@ -69,7 +69,7 @@ def prune_to_budget(speedup: float, cost, *, levels: int = 10, damping: float = 
         found = [_orders(part, damping) for part in parts]
         counts = [_counts(part.units.count, levels) for part in parts]
         if any(isinstance(order, jax.core.Tracer) for order, _ in found):
-            chosen = [max(1, int(p.units.count / speedup)) for p in parts]
+            chosen = [max(1, round(p.units.count / speedup)) for p in parts]
         else:
             losses = [_losses(e, c) for (_, e), c in zip(found, counts, strict=True)]
             costs = [cost(model, p, c) for p, c in zip(parts, counts, strict=True)]
