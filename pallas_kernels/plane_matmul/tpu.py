@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pallas_kernels.plane_matmul.reference import width
-from pallas_kernels.quantized_matmul.tpu_planes import Reading, Tuning, product
+from pallas_kernels.quantized_matmul.tpu_planes import Reading, Tuning
+from pallas_kernels.quantized_matmul.tpu_product import product
 
 # A sign is one bit over half a step: -1/2 or +1/2, so twice that. A trit is two's
 # complement in the top two bits of a byte.

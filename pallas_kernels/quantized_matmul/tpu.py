@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pallas_kernels.quantized_matmul.reference import parts
-from pallas_kernels.quantized_matmul.tpu_planes import Reading, Tuning, product
+from pallas_kernels.quantized_matmul.tpu_planes import Reading, Tuning
+from pallas_kernels.quantized_matmul.tpu_product import product
 
 
 def readings(bits: int, levels: tuple[float, ...] | None) -> tuple[Reading, ...]:
