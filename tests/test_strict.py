@@ -123,7 +123,8 @@ def test_methods_and_their_models(kind, dtype, name):
 
 @pytest.mark.parametrize("name", TYPES)
 def test_weight_types(name, dtype):
-    w = jax.eval_shape(TYPES[name])
+    # A Huffman code is made on the host, from values.
+    w = TYPES[name]() if name == "entropy coded" else jax.eval_shape(TYPES[name])
     x = jax.ShapeDtypeStruct((2, 5, ROWS), jnp.dtype(dtype))
     ids = jax.ShapeDtypeStruct((2, 3), jnp.int32)
     dense = jax.eval_shape(weights.materialize, w)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxllm.core.arrays import to_rank
 from jaxllm.core.formats import TINY
 from jaxllm.core.scales import per_entry
 from jaxllm.core.weights import Codebook, Planes
@@ -40,7 +41,7 @@ class Centroids:
     def fit(self, block: Float[Array, "n out"], importance, support=None):
         """The codebooks [entries, out] of one block."""
         weight = jnp.broadcast_to(per_entry(importance), block.shape)
-        weight = weight / jnp.maximum(weight.mean(0), TINY) + 1e-6
+        weight = weight / jnp.maximum(weight.mean(0, keepdims=True), TINY) + 1e-6
         if support is not None:
             weight = jnp.where(support, weight, 0.0)
         found = jax.vmap(self._lloyd, (1, 1), 1)(block, weight)
@@ -50,7 +51,8 @@ class Centroids:
         count = 2**self.bits
         order = jnp.argsort(w)
         share = jnp.cumsum(weight[order])
-        level = (jnp.arange(count) + 0.5) / count * share[-1]
+        middle = (np.arange(count, dtype=np.float32) + 0.5) / count
+        level = jnp.asarray(middle) * share[-1]
         start = w[order][jnp.clip(jnp.searchsorted(share, level), 0, len(w) - 1)]
 
         def step(_, centers):
@@ -108,7 +110,7 @@ class DigitPlanes:
     def fit(self, block: Float[Array, "n out"], importance, support=None):
         """Coefficients [plane, out] of one block; the shift, if any, comes last."""
         weight = jnp.broadcast_to(per_entry(importance), block.shape)
-        weight = weight / jnp.maximum(weight.mean(0), TINY) + 1e-6
+        weight = weight / jnp.maximum(weight.mean(0, keepdims=True), TINY) + 1e-6
         if support is not None:
             weight = jnp.where(support, weight, 0.0)
         combos = jnp.asarray(self._combinations)
@@ -118,25 +120,27 @@ class DigitPlanes:
             codes = self._nearest(block, alpha)
             d = combos[codes]
             error = block - jnp.einsum("nop,po->no", d, alpha)
-            loss = (weight * error**2).sum(0)
+            loss = (weight * error**2).sum(0, keepdims=True)
             best = jnp.where(loss < least, alpha, best)
             fitted = self._stored(self._least_squares(d, block, weight))
             return (fitted, best, jnp.minimum(loss, least)), None
 
         start = self._stored(self._greedy(block, weight))
-        state = start, start, jnp.full(block.shape[1], jnp.inf)
+        state = start, start, jnp.full((1, block.shape[1]), jnp.inf)
         return jax.lax.scan(step, state, length=self.steps + 1)[0][1]
 
     def _greedy(self, block, weight):
         """One plane after the other on what is left, with the better sign."""
         digits = jnp.asarray(self.digits, jnp.float32)
-        mean = lambda x: (weight * x).sum(0) / weight.sum(0)  # noqa: E731
-        offset = mean(block) if self.shift else jnp.zeros(block.shape[1])
+        total = lambda x: x.sum(0, keepdims=True)  # noqa: E731
+        mean = lambda x: total(weight * x) / total(weight)  # noqa: E731
+        offset = mean(block) if self.shift else jnp.zeros((1, block.shape[1]))
 
         def plane(rest, sign):
             """alpha = E[w d] / E[d^2] for the nearest digits d, and what it leaves."""
             scale = sign * jnp.maximum(mean(jnp.abs(rest)), TINY)
-            d = digits[jnp.abs(rest[..., None] / scale[:, None] - digits).argmin(-1)]
+            gap = jnp.abs(rest[..., None] / scale[..., None] - digits[None, None])
+            d = digits[gap.argmin(-1)]
             alpha = mean(rest * d) / jnp.maximum(mean(d * d), TINY)
             return alpha, rest - alpha * d
 
@@ -146,14 +150,14 @@ class DigitPlanes:
             first = mean(above**2) <= mean(below**2)
             found.append(jnp.where(first, up, down))
             rest = jnp.where(first, above, below)
-        return jnp.stack((*found, *[offset] * self.shift))
+        return jnp.concatenate((*found, *[offset] * self.shift))
 
     def _least_squares(self, d, block, weight):
         """argmin over alpha of sum weight (w - d alpha)^2, per output."""
         gram = jnp.einsum("nop,nom,no->opm", d, d, weight)
         eye = jnp.eye(gram.shape[-1]) * self.ridge * len(block)
         right = jnp.einsum("nop,no,no->op", d, block, weight)
-        return jnp.linalg.solve(gram + eye, right[..., None])[..., 0].T
+        return jnp.linalg.solve(gram + eye[None], right[..., None])[..., 0].T
 
     def _stored(self, alpha):
         """Coefficients as they are kept; powers of two have no sign of their own."""
@@ -174,7 +178,8 @@ class DigitPlanes:
             jnp.full(values.shape, jnp.inf),
         )
         for i, combo in enumerate(combos):
-            gap = jnp.abs(values - jnp.einsum("p,...po->...o", combo, alpha))
+            entry = jnp.einsum("p,...po->...o", combo, alpha)
+            gap = jnp.abs(values - to_rank(entry, values.ndim))
             best, least = jnp.where(gap < least, i, best), jnp.minimum(gap, least)
         return best.astype(jnp.uint8)
 
