@@ -3,6 +3,7 @@
     python -m pallas_kernels.aot tpu v5e:2x2 [op ...]     # needs the libtpu package
     python -m pallas_kernels.aot cuda h200 [op ...]       # needs the CUDA plugin wheels
 
+``--sample N`` takes N cases of each op, evenly spread, in place of all.
 Prints one JSON object a line: op, case, status ("compiled", "unsupported" with the
 kernel's reason, or "failed" with the compiler's error), seconds, and the compiler's
 memory figures. The exit status counts the failures.
@@ -10,6 +11,7 @@ memory figures. The exit status counts the failures.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -52,8 +54,10 @@ def compile_for(device, function, *shapes):
         return jax.jit(function).lower(*placed).compile()
 
 
-def results(platform: str, name: str, only: tuple[str, ...] = ()) -> Iterator[dict]:
-    """One record for each case of each op (or of ``only`` those ops)."""
+def results(
+    platform: str, name: str, only: tuple[str, ...] = (), sample: int | None = None
+) -> Iterator[dict]:
+    """One record a case (``sample``: of so many) of each op, or of ``only`` those."""
     import pallas_kernels
 
     device = target(platform, name)
@@ -61,7 +65,8 @@ def results(platform: str, name: str, only: tuple[str, ...] = ()) -> Iterator[di
     for op in pallas_kernels.ops().values():
         if (only and op.name not in only) or kernels not in op.kernels:
             continue
-        for case in op.cases:
+        step = max(1, len(op.cases) // (sample or len(op.cases)))
+        for case in op.cases[::step][:sample]:
             yield {"op": op.name, "case": case.name, **_attempt(op, case, device)}
 
 
@@ -85,14 +90,22 @@ def _attempt(op, case, device) -> dict:
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) < 2:
-        print(__doc__, file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(
+        "pallas_kernels.aot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("platform", choices=("tpu", "cuda"))
+    parser.add_argument("target", help="v5e:2x2, v5p:2x2x1 ..., or h200")
+    parser.add_argument("op", nargs="*")
+    parser.add_argument("--sample", type=int)
+    given = parser.parse_args(arguments)
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several at a time
     failures = 0
-    for record in results(arguments[0], arguments[1], tuple(arguments[2:])):
+    wanted = given.platform, given.target, tuple(given.op), given.sample
+    for record in results(*wanted):
         print(json.dumps(record), flush=True)
         failures += record["status"] == "failed"
     return min(failures, 100)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
 from pallas_kernels import aot, choice
@@ -107,10 +109,10 @@ def test_cases(op):
         assert not all(missing.values()), f"{platform} serves no case: {missing}"
 
 
-def compiled(platform, target):
+def compiled(platform, target, *options):
     """Records of ``pallas_kernels.aot`` in its own process: compilers may crash."""
     run = subprocess.run(
-        [sys.executable, "-m", "pallas_kernels.aot", platform, target],
+        [sys.executable, "-m", "pallas_kernels.aot", platform, target, *options],
         capture_output=True,
         text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
@@ -123,7 +125,7 @@ def compiled(platform, target):
 @pytest.mark.parametrize("topology", aot.TOPOLOGIES)
 def test_tpu_compiler_accepts_every_kernel(topology):
     pytest.importorskip("libtpu", reason="libtpu is not installed (extra tpu-aot)")
-    records = compiled("tpu", topology)
+    records = compiled("tpu", topology, "--sample", "3")
     failed = [r for r in records if r["status"] == "failed"]
     assert not failed, json.dumps(failed, indent=1)
     assert any(r["status"] == "compiled" for r in records)
@@ -131,7 +133,7 @@ def test_tpu_compiler_accepts_every_kernel(topology):
 
 def test_cuda_compiler_accepts_every_kernel():
     pytest.importorskip("jax_cuda13_plugin", reason="no CUDA plugin (extra cuda-aot)")
-    records = compiled("cuda", "h200")
+    records = compiled("cuda", "h200", "--sample", "6")
     failed = [r for r in records if r["status"] == "failed"]
     assert not failed, json.dumps(failed, indent=1)
     assert any(r["status"] == "compiled" for r in records)
@@ -203,3 +205,41 @@ class TestBackend:
         assert with_jit(jnp.ones(3)).sum() == 6
         with pallas_kernels.backend("tpu"), pytest.raises(NotImplementedError):
             with_jit(jnp.ones(3))
+
+
+def sharded(op, platform, args, options, specs, out):
+    """``op`` on eight devices, each with its share of the arguments."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    run = lambda *a: op.on(platform, *a, interpret=True, **options)  # noqa: E731
+    mapped = jax.shard_map(
+        run, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False
+    )
+    return jax.jit(mapped)(*args)
+
+
+class TestSharded:
+    """Kernels under ``shard_map``: eight devices give what one gives."""
+
+    def test_outputs_of_a_quantized_matmul(self):
+        op = OPS["quantized_matmul"]
+        keys = jax.random.split(jax.random.key(3), 4)
+        x = jax.random.normal(keys[0], (4, 256))
+        planes = (jax.random.bits(keys[1], (1024, 128), jnp.uint8),)
+        scale = jax.random.uniform(keys[2], (1024, 2))
+        args, options = (x, planes, scale), {"bits": 4, "block": 128}
+        rows = P("x", None)
+        specs = (P(), rows, rows)
+        got = sharded(op, "tpu", args, options, specs, P(None, "x"))
+        assert_near(got, op.reference(*args, **options), 1e-2)
+
+    def test_heads_of_decode_attention(self):
+        op = OPS["decode_attention"]
+        keys = jax.random.split(jax.random.key(4), 3)
+        q = jax.random.normal(keys[0], (2, 16, 64))
+        k, v = (jax.random.normal(key, (2, 256, 8, 64)) for key in keys[1:])
+        args = q, k, v, jnp.array([256, 100])
+        cache = P(None, None, "x", None)
+        heads = P(None, "x", None)
+        specs = (heads, cache, cache, P())
+        got = sharded(op, "tpu", args, {}, specs, heads)
+        assert_near(got, op.reference(*args), 1e-2)
