@@ -12,7 +12,6 @@ from jaxllm.core.solvers import nearest, obs
 card = Card(
     "AdaDim",
     paper="arXiv:2309.15531",
-    claims=(),
     composes="last of the weight methods; after rescaling or rotation",
 )
 

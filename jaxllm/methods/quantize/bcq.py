@@ -1,6 +1,6 @@
 """BCQ: weights as sums of scaled binary matrices (the weights of LUT-GEMM)."""
 
-from jaxllm.core.card import Card
+from jaxllm.core.card import Card, Claim
 from jaxllm.core.codebooks import DigitPlanes
 from jaxllm.core.compose import compress, transform
 from jaxllm.core.solvers import nearest
@@ -8,7 +8,7 @@ from jaxllm.core.solvers import nearest
 card = Card(
     "BCQ (LUT-GEMM)",
     paper="arXiv:2206.09557",
-    claims=(),
+    claims=(Claim("bcq(2, 32)", "rtn(bits=2, group_size=22)"),),
     composes="last of the weight methods; needs no calibration",
 )
 

@@ -8,7 +8,6 @@ from jaxllm.core.stacks import signed_stack
 card = Card(
     "BitStack",
     paper="arXiv:2410.23918",
-    claims=(),
     composes="after rescaling or rotation; its terms are not compressed further",
 )
 

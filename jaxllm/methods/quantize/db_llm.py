@@ -9,7 +9,6 @@ from jaxllm.core.solvers import obs
 card = Card(
     "DB-LLM",
     paper="arXiv:2402.11960",
-    claims=(),
     composes="after rescaling or rotation; not after pruning",
 )
 

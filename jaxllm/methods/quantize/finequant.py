@@ -15,7 +15,6 @@ from jaxllm.core.weights import materialize
 card = Card(
     "FineQuant",
     paper="arXiv:2308.09723",
-    claims=(),
     composes="last of the weight methods; needs no calibration",
 )
 

@@ -11,7 +11,6 @@ from jaxllm.core.splits import low_rank, trainable
 card = Card(
     "INT2.1",
     paper="arXiv:2306.08162",
-    claims=(),
     composes="after rescaling or rotation; training its adapters comes after it",
 )
 

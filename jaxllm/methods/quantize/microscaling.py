@@ -1,6 +1,6 @@
 """Microscaling: small blocks of floats or integers that share a narrow scale."""
 
-from jaxllm.core.card import Card
+from jaxllm.core.card import Card, Claim
 from jaxllm.core.compose import compress, transform
 from jaxllm.core.formats import Levels, float_format, parse_format
 from jaxllm.core.metrics import gram
@@ -10,7 +10,7 @@ from jaxllm.core.solvers import nearest, obs
 card = Card(
     "Microscaling (MX, NVFP4)",
     paper="arXiv:2310.10537",
-    claims=(),
+    claims=(Claim('microscaling("nvfp4")', "rtn(format='e2m1', group_size=32)"),),
     composes="last of the weight methods; after rescaling, rotation or pruning",
 )
 ELEMENTS = dict(

@@ -1,6 +1,6 @@
 """PB-LLM: salient weights in 8 bits, all others in one."""
 
-from jaxllm.core.card import Card
+from jaxllm.core.card import Card, Claim
 from jaxllm.core.compose import compress, transform
 from jaxllm.core.exempt import exempting
 from jaxllm.core.formats import Integer
@@ -11,7 +11,7 @@ from jaxllm.core.splits import outliers
 card = Card(
     "PB-LLM",
     paper="arXiv:2310.00034",
-    claims=(),
+    claims=(Claim("pb_llm(0.1, 32)", "rtn(bits=2, group_size=15)"),),
     composes="after rescaling or rotation; not after pruning",
 )
 

@@ -1,6 +1,6 @@
 """PTQTP: two ternary matrices with their scales per group."""
 
-from jaxllm.core.card import Card
+from jaxllm.core.card import Card, Claim
 from jaxllm.core.codebooks import DigitPlanes
 from jaxllm.core.compose import compress, transform
 from jaxllm.core.solvers import nearest
@@ -8,7 +8,7 @@ from jaxllm.core.solvers import nearest
 card = Card(
     "PTQTP",
     paper="arXiv:2509.16989",
-    claims=(),
+    claims=(Claim("ptqtp(2, None)", "rtn(bits=3, group_size=48)"),),
     composes="last of the weight methods; needs no calibration",
 )
 

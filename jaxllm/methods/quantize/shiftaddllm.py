@@ -9,7 +9,6 @@ from jaxllm.core.solvers import obs
 card = Card(
     "ShiftAddLLM",
     paper="arXiv:2406.05981",
-    claims=(),
     composes="after rescaling or rotation; mixed() allocates its bits",
 )
 

@@ -9,7 +9,6 @@ from jaxllm.core.scales import mse
 card = Card(
     "SliM-LLM",
     paper="arXiv:2405.14917",
-    claims=(),
     composes="after rescaling or rotation; not after pruning",
 )
 

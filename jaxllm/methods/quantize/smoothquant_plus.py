@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jaxllm.core.card import Card
+from jaxllm.core.card import Card, Claim
 from jaxllm.core.compose import compress, sequence, transform
 from jaxllm.core.equivalences import smooth
 from jaxllm.core.formats import Integer
@@ -14,7 +14,9 @@ from jaxllm.core.solvers import nearest
 card = Card(
     "SmoothQuant+",
     paper="arXiv:2312.03788",
-    claims=(),
+    claims=(
+        Claim("smoothquant_plus(3, 32, 4)", "rtn(bits=3, group_size=32)", model="twin"),
+    ),
     composes="first of the weight methods: it rescales dense weights, then rounds",
 )
 

@@ -11,7 +11,6 @@ from jaxllm.core.splits import outliers as largest
 card = Card(
     "SqueezeLLM",
     paper="arXiv:2306.07629",
-    claims=(),
     composes="last of the weight methods, on dense weights: it needs their gradients",
 )
 

@@ -1,6 +1,6 @@
 """VPTQ: vectors of inputs become codebook entries, Hessian-weighted, with residuals."""
 
-from jaxllm.core.card import Card
+from jaxllm.core.card import Card, Claim
 from jaxllm.core.compose import compress, transform
 from jaxllm.core.metrics import gram
 from jaxllm.core.vectors import vectors
@@ -8,7 +8,7 @@ from jaxllm.core.vectors import vectors
 card = Card(
     "VPTQ",
     paper="arXiv:2409.17066",
-    claims=(),
+    claims=(Claim("vptq(2, 6)", "rtn(bits=3, group_size=None)"),),
     composes="after rescaling or rotation; not after pruning",
 )
 

@@ -11,7 +11,6 @@ from jaxllm.core.splits import low_rank
 card = Card(
     "ZeroQuant-FP",
     paper="arXiv:2307.09782",
-    claims=(),
     composes="after rescaling or rotation; last of the weight methods",
 )
 
