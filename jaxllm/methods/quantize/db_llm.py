@@ -1,6 +1,6 @@
 """DB-LLM: two bits as two independent sets of {0, 1} with a scale each."""
 
-from jaxllm.core.card import Card
+from jaxllm.core.card import Card, Claim
 from jaxllm.core.codebooks import DigitPlanes
 from jaxllm.core.compose import compress, transform
 from jaxllm.core.metrics import gram
@@ -9,6 +9,7 @@ from jaxllm.core.solvers import obs
 card = Card(
     "DB-LLM",
     paper="arXiv:2402.11960",
+    claims=(Claim("db_llm(32)", "gptq(bits=2, group_size=22)"),),
     composes="after rescaling or rotation; not after pruning",
 )
 

@@ -1,6 +1,6 @@
 """SliM-LLM: salient groups of inputs get a bit more, others a bit less."""
 
-from jaxllm.core.card import Card
+from jaxllm.core.card import Card, Claim
 from jaxllm.core.compose import compress, transform
 from jaxllm.core.metrics import gram, pivots
 from jaxllm.core.mixtures import mixed_blocks
@@ -9,6 +9,7 @@ from jaxllm.core.scales import mse
 card = Card(
     "SliM-LLM",
     paper="arXiv:2405.14917",
+    claims=(Claim("slim_llm(2, 16, 0.0)", "gptq(bits=2, group_size=15)"),),
     composes="after rescaling or rotation; not after pruning",
 )
 

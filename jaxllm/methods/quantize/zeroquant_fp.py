@@ -1,6 +1,6 @@
 """ZeroQuant-FP: FP4 weights, FP8 activations, and a low-rank term for the error."""
 
-from jaxllm.core.card import Card
+from jaxllm.core.card import Card, Claim
 from jaxllm.core.compose import compress, transform
 from jaxllm.core.formats import ActivationFormat, Levels, parse_format
 from jaxllm.core.metrics import gram, identity
@@ -11,6 +11,13 @@ from jaxllm.core.splits import low_rank
 card = Card(
     "ZeroQuant-FP",
     paper="arXiv:2307.09782",
+    claims=(
+        Claim(
+            "zeroquant_fp(group_size=32, rank=0)",
+            "zeroquant_fp(activations='int8', group_size=32, rank=0)",
+            model="twin",
+        ),
+    ),
     composes="after rescaling or rotation; last of the weight methods",
 )
 
