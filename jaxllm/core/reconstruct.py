@@ -192,5 +192,6 @@ def _loss(plan: _Plan, theta, ws, params, hidden, rest, goal):
 @functools.partial(jax.jit, static_argnums=0)
 def _step(plan: _Plan, theta, state, ws, params, hidden, rest, goal):
     grads = jax.grad(_loss, 1)(plan, theta, ws, params, hidden, rest, goal)
-    updates, state = optax.adam(plan.rate).update(grads, state)
-    return optax.apply_updates(theta, updates), state
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
+        updates, state = optax.adam(plan.rate).update(grads, state)
+        return optax.apply_updates(theta, updates), state

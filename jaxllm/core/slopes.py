@@ -39,7 +39,8 @@ def slopes(model: Model, batches: Iterable[Batch], paths: tuple[str, ...]) -> Sl
     for path, w in ws.items():
         if compressed(w):
             raise TypeError(f"{path} is {type(w).__name__}: it has no dense gradient")
-    total = jax.tree.map(lambda w: (jnp.zeros_like(w), jnp.zeros_like(w)), ws)
+    blank = lambda w: jnp.zeros(w.shape, jnp.float32)  # noqa: E731
+    total = jax.tree.map(lambda w: (blank(w), blank(w)), ws)
     count = 0
     for batch in batches:
         total = _added(model.config, model.params, ws, batch, total)
@@ -60,6 +61,7 @@ def _added(config, params: Params, ws, batch: Batch, total):
     def one(total, row):
         row = jax.tree.map(lambda x: x[None], row)
         found, length = jax.grad(loss)(ws, row), targets(row)[1].sum()
+        found = jax.tree.map(lambda g: g.astype(jnp.float32), found)
         pairs = {path: (g, length * g * g) for path, g in found.items()}
         return jax.tree.map(jnp.add, total, pairs), None
 

@@ -51,7 +51,8 @@ def outliers(
     count_of = _counted(fraction)
 
     def part(w, stats, key=None) -> Scattered | Sparse:
-        score = jnp.abs(w) * jnp.sqrt(per_entry(metric(stats, len(w)).importance))
+        size = jnp.abs(w).astype(jnp.float32)
+        score = size * jnp.sqrt(per_entry(metric(stats, len(w)).importance))
         return kept_apart(w.astype(dtype), score, count_of(w))
 
     return part
