@@ -34,7 +34,7 @@ def block_influence():
 
 def _turning(seen: Seen, params) -> jax.Array:
     """Mean of 1 - cos between the hidden states before and after a block."""
-    total = count = 0.0
+    total = count = jnp.zeros(())
     for hidden, rest in seen.inputs:
         after = seen.block.run(params, hidden, *rest)[0].astype(jnp.float32)
         before = jnp.asarray(hidden, jnp.float32)
@@ -86,8 +86,8 @@ def drop_layers(score, count: int, *, again: bool = False):
 
 
 def _without(model: Model, scores: list[jax.Array], count: int) -> Model:
-    if any(isinstance(s, jax.core.Tracer) for s in scores):
-        scores = [-float(i) for i in range(len(scores))]
-    order = np.argsort(np.asarray(scores, np.float64), kind="stable")
+    traced = any(isinstance(s, jax.core.Tracer) for s in scores)
+    known = -np.arange(len(scores)) if traced else np.asarray(scores, np.float64)
+    order = np.argsort(known, kind="stable")
     gone = set(order[:count].tolist())
     return cut_layers(model, tuple(i for i in range(len(scores)) if i not in gone))

@@ -32,8 +32,8 @@ class Part:
 
     units: Units
     params: Params
-    stats: Stats | None = None
-    slopes: Slopes | None = None
+    stats: Stats = dataclasses.field(default_factory=lambda: Stats({}))
+    slopes: Slopes = dataclasses.field(default_factory=dict)
 
     @property
     def w(self) -> Float[Array, "in out"]:
@@ -227,11 +227,11 @@ def look(model: Model, context: Context, needs: set[str]) -> list[Part]:
             + ", ".join(u.path for u in every[:4])
         )
     stats = observe(model, context, tuple(sorted(needs - {GRADIENT})))
-    slope = None
+    slope: Slopes = {}
     if GRADIENT in needs:
         paths = tuple(p for u in mine for p in (*u.outputs, u.input))
         slope = slopes(model, context.calibration, paths)
-    return [Part(u, model.params, stats.get(u.tap), slope) for u in mine]
+    return [Part(u, model.params, stats.get(u.tap, Stats({})), slope) for u in mine]
 
 
 def observe(model: Model, context: Context, needs: tuple[str, ...]) -> dict[str, Stats]:
