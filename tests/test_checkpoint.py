@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_weights import TYPES
 
 from jaxllm import checkpoint, models
 from jaxllm.checkpoint.model import recorded
@@ -101,6 +102,19 @@ EXAMPLES = {
     "turned": turned,
     "activations": lambda: weights.ActivationQuantized(scaled(), ActivationFormat(4)),
 }
+SHARED = (
+    "mpo",
+    "gated, open",
+    "listed outliers",
+    "codebooks",
+    "binary planes",
+    "vectors",
+    "signed magnitudes",
+    "across outputs",
+    "mixed blocks",
+    "entropy coded",
+)
+EXAMPLES |= {name: TYPES[name] for name in SHARED}
 
 
 @functools.cache

@@ -67,7 +67,7 @@ def dense(w) -> np.ndarray:
 
 
 def close(mine: Model, logits: np.ndarray) -> None:
-    ours = np.asarray(mine(TOKENS))
+    ours = np.asarray(mine(jnp.asarray(TOKENS)))
     assert np.abs(ours).max() > 1
     np.testing.assert_allclose(ours, logits, rtol=0, atol=2e-5)
 

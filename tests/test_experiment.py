@@ -397,7 +397,7 @@ def test_export_of_a_run(work, finished, tmp_path, capsys):
 
     target = tmp_path / "exported"
     assert main(["export", str(finished / "checkpoint"), str(target)]) == 2
-    assert "name an exchange format" in capsys.readouterr().err and not target.exists()
+    assert "only dense models" in capsys.readouterr().err and not target.exists()
     assert main(["export", str(finished / "checkpoint"), str(target), "--dense"]) == 0
     model = sources.open_model(str(finished / "checkpoint"))
     tokens = jax.numpy.arange(8)[None]

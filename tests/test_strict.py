@@ -50,7 +50,9 @@ PASSES = {
 # What a method says of a model that it does not fit.
 REFUSED = {
     ("gpt", "quarot"): "only RMS norms",
+    ("gpt", "slicegpt"): "only RMS norms",
     ("moe", "dfloat11"): "takes dense matrices only",
+    ("moe", "pst"): "expert weights are not reconstructed",
 }
 TOKENS = jax.ShapeDtypeStruct((4, 24), jnp.int32)
 

@@ -81,7 +81,8 @@ def mse(smallest: float = 0.5, steps: int = 21, norm: float = 2.0):
 
 def _rounded(block, format: Format, params):
     """The block on the grid of (scale, zero) [out]."""
-    scale, zero = (None if p is None else p[None] for p in params)
+    scale, zero = params[0][None], params[1]
+    zero = None if zero is None else zero[None]
     return format.decode(format.encode(block / scale, zero), zero) * scale
 
 

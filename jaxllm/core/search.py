@@ -26,7 +26,8 @@ def best_of(*options):
     def run(model: Model, context: Context) -> Model:
         batches = tuple(context.calibration)
         wanted = [_logits(model, batch) for batch in batches]
-        best, least = None, jnp.inf
+        best: Model | None = None
+        least = jnp.asarray(jnp.inf)
         for i, option in enumerate(options):
             monitor = context.monitor
             monitor = None if monitor is None else monitor.scoped(str(i))
@@ -35,6 +36,7 @@ def best_of(*options):
             loss = sum(_shift(made, batch, goal) for batch, goal in pairs)
             best = made if best is None else _either(loss < least, made, best)
             least = jnp.minimum(loss, least)
+        assert best is not None  # there is at least one option
         return best
 
     return marked(run, whole=True)

@@ -257,7 +257,8 @@ def cut_and_mend(model: Model, parts: list[Part], kept: Kept, mend=None) -> Mode
         group = get(made.params, units.input)
         group = group | {"weight": w.astype(group["weight"].dtype)}
         if bias is not None and len(stay) < part.rows:
-            group["bias"] = (bias + group.get("bias", 0.0)).astype(w.dtype)
+            had = jnp.asarray(group.get("bias", 0.0)).astype(bias.dtype)
+            group["bias"] = (bias + had).astype(w.dtype)
         made = made.replace(params=put(made.params, units.input, group))
     return made
 

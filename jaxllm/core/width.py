@@ -43,8 +43,14 @@ def principal_slice(sparsity: float, multiple: int = 1):
 def _principal_axes(model: Model, context: Context) -> Float[Array, "width width"]:
     taps = {s.tap for s in model.config.sites() if s.kind != "linear"}
     stats = observe(model, context, ("gram",))
-    total = sum(stats[tap].gram.mean for tap in sorted(taps & stats.keys()))
+    found = [stats[tap].gram.mean for tap in sorted(taps & stats.keys())]
+    total = sum(_over_experts(gram, 2) for gram in found)
     return jnp.linalg.eigh(total)[1][:, ::-1]
+
+
+def _over_experts(values, rank: int):
+    """Per norm, also where its readers are experts that saw a part each."""
+    return values.reshape(-1, *values.shape[-rank:]).mean(0)
 
 
 @expression(needs=("moments",))
@@ -59,9 +65,8 @@ def active_channels(sparsity: float, multiple: int = 1):
         keep = resolve_width(model.config.width, sparsity, multiple)
         taps = {s.tap for s in model.config.sites() if s.kind != "linear"}
         stats = observe(model, context, ("moments",))
-        found = [
-            stats[tap].moments.mean_absolute for tap in sorted(taps & stats.keys())
-        ]
-        return cut_width(model, strongest(sum(found), keep))
+        found = [stats[tap].moments for tap in sorted(taps & stats.keys())]
+        score = sum(_over_experts(m.mean_absolute, 1) for m in found)
+        return cut_width(model, strongest(score, keep))
 
     return marked(run, whole=True)

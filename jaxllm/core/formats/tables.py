@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from statistics import NormalDist
 
 import ml_dtypes
@@ -109,7 +110,7 @@ def _check_bits(bits, least: int) -> None:
         raise ValueError(f"levels of {bits!r} bits; accepted: {least} to 8")
 
 
-_NUMBERED = dict(
+_NUMBERED: dict[str, Callable[[int], Format]] = dict(
     int=Integer, nf=normal_float, bipolar=bipolar, pot=shifts, xfp=extended_float
 )
 _NAMED = dict(fp8="e4m3", fp4="e2m1", fp6="e3m2", fp3="e2m0")

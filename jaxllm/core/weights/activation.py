@@ -59,6 +59,7 @@ class ActivationQuantized(Weight):
         if not self.integer_product:
             return base.dot(self.format.round(x), self.inner)
         grid, w = self.format.format, self.inner
+        assert isinstance(grid, Integer)  # no element: ``integer_product``
         _, scale, _ = self.format._grid(x)
         scale = scale[..., 0].astype(jnp.bfloat16).astype(jnp.float32)
         codes = grid.encode(x.astype(jnp.float32) / scale)

@@ -50,8 +50,18 @@ class EntropyCoded(Weight):
         lengths = code_lengths(np.bincount(exponents, minlength=256))
         codes, last, first, symbols = canonical(lengths)
         stream, starts = _written(codes[exponents], lengths[exponents])
-        leaves = map(jnp.asarray, (rest, stream, starts, last, first, symbols))
-        return cls(*leaves, *exact.shape, str(dense.dtype))
+        features, outputs = exact.shape
+        return cls(
+            rest=jnp.asarray(rest),
+            stream=jnp.asarray(stream),
+            starts=jnp.asarray(starts),
+            last=jnp.asarray(last),
+            first=jnp.asarray(first),
+            symbols=jnp.asarray(symbols),
+            features=features,
+            outputs=outputs,
+            dtype=str(dense.dtype),
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -72,10 +82,7 @@ class EntropyCoded(Weight):
 
     def axes(self, names: Names) -> EntropyCoded:
         """One stream cannot be split: no axis names."""
-        names_of = dict.fromkeys(
-            ("rest", "stream", "starts", "last", "first", "symbols"), (None,)
-        )
-        return dataclasses.replace(self, **names_of)
+        return jax.tree.map(lambda _: (None,), self)
 
 
 def code_lengths(counts) -> np.ndarray:
@@ -84,6 +91,7 @@ def code_lengths(counts) -> np.ndarray:
     if len(used) == 1:
         return (np.arange(len(counts)) == used[0]).astype(np.int64)
     floor = counts.sum() / 2 ** (LONGEST - 4)  # rarer symbols only lengthen the codes
+    heap: list[tuple[float, int, tuple[int, ...]]]
     heap = [(max(float(counts[s]), floor), int(s), (int(s),)) for s in used]
     heapq.heapify(heap)
     lengths = np.zeros(len(counts), np.int64)

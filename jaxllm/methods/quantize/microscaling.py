@@ -2,7 +2,7 @@
 
 from jaxllm.core.card import Card, Claim
 from jaxllm.core.compose import compress, transform
-from jaxllm.core.formats import Levels, float_format, parse_format
+from jaxllm.core.formats import Format, Levels, float_format, parse_format
 from jaxllm.core.metrics import gram
 from jaxllm.core.scales import Grid, absmax, microscale
 from jaxllm.core.solvers import nearest, obs
@@ -38,7 +38,7 @@ def block_format(name: str) -> Grid:
         return Grid(float_format(2, 1), 16, absmax(), False, scale, None)
     if name == "mxint8":
         values = tuple(v / 64 for v in range(-127, 128))
-        element = Levels("mxint8", values)
+        element: Format = Levels("mxint8", values)
     elif name in ELEMENTS:
         element = parse_format(ELEMENTS[name])
     else:
