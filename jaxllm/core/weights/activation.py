@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jaxllm.core.arrays import static
 from jaxllm.core.formats import ActivationFormat, Integer
 from jaxllm.core.weights import base
-from jaxllm.core.weights.base import Names, Weight
+from jaxllm.core.weights.base import Weight, Wrapper
 from jaxllm.core.weights.quantized import Quantized
 from pallas_kernels.plane_product import op as plane_product
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ActivationQuantized(Weight):
+class ActivationQuantized(Wrapper):
     """y = round(x) W with x rounded per token to ``format``.
 
     Where both sides are symmetric integers and the weight has one scale per output,
@@ -28,17 +28,6 @@ class ActivationQuantized(Weight):
 
     inner: Any
     format: ActivationFormat = static()
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return base.shape(self.inner)
-
-    @property
-    def dtype(self):
-        return self.inner.dtype
-
-    def materialize(self):
-        return base.materialize(self.inner)
 
     @property
     def integer_product(self) -> bool:
@@ -73,12 +62,3 @@ class ActivationQuantized(Weight):
             offset=int(w.format.offset),
             out_dtype=x.dtype,
         )
-
-    def refine(self, solve, stats, support=None):
-        inner = base.refine(self.inner, solve, stats, support)
-        return dataclasses.replace(self, inner=inner)
-
-    def axes(self, names: Names):
-        inner = self.inner
-        inner = inner.axes(names) if isinstance(inner, Weight) else names
-        return dataclasses.replace(self, inner=inner)

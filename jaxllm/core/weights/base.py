@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,41 @@ class Weight(abc.ABC):
     @property
     def leaves(self) -> list[Array]:
         return jax.tree.leaves(self)
+
+
+class Wrapper(Weight):
+    """A weight around another one, ``inner``, whose dense array it has."""
+
+    inner: Any
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return shape(self.inner)
+
+    @property
+    def dtype(self):
+        return self.inner.dtype
+
+    def materialize(self):
+        return materialize(self.inner)
+
+    def dot(self, x):
+        return dot(x, self.inner)
+
+    def refine(self, solve: Solve, stats, support=None):
+        return self._around(refine(self.inner, solve, stats, support))
+
+    def axes(self, names: Names):
+        return self._around(axes(self.inner, names))
+
+    def _around(self, inner):
+        mine: Any = self  # subclasses are dataclasses
+        return dataclasses.replace(mine, inner=inner)
+
+
+def axes(w, names: Names):
+    """Logical axis names of an array or a weight type."""
+    return w.axes(names) if isinstance(w, Weight) else names
 
 
 def shape(w) -> tuple[int, int]:

@@ -11,12 +11,12 @@ from jaxtyping import Array, Float
 
 from jaxllm.core.arrays import Leaf, static, to_rank
 from jaxllm.core.weights import base
-from jaxllm.core.weights.base import Names, Weight
+from jaxllm.core.weights.base import Names, Wrapper
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Gated(Weight):
+class Gated(Wrapper):
     """y = (x * top) W, where ``top`` marks the ``kept`` inputs of largest |x_i| g_i.
 
     ``gain`` g [in] says how much an input of size one matters. The rows of W that a
@@ -27,17 +27,6 @@ class Gated(Weight):
     inner: Any
     gain: Leaf[Float[Array, "*lead in"]]
     kept: int = static()
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return base.shape(self.inner)
-
-    @property
-    def dtype(self):
-        return self.inner.dtype
-
-    def materialize(self):
-        return base.materialize(self.inner)
 
     def gate(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch in"]:
         """``x`` with zeros for all but the ``kept`` inputs that matter most."""
@@ -53,11 +42,5 @@ class Gated(Weight):
     def dot(self, x):
         return base.dot(self.gate(x), self.inner)
 
-    def refine(self, solve, stats, support=None):
-        inner = base.refine(self.inner, solve, stats, support)
-        return dataclasses.replace(self, inner=inner)
-
     def axes(self, names: Names) -> Gated:
-        inner = self.inner
-        inner = inner.axes(names) if isinstance(inner, Weight) else names
-        return dataclasses.replace(self, inner=inner, gain=(names[0],))
+        return dataclasses.replace(super().axes(names), gain=(names[0],))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.core.arrays import static
 from jaxllm.core.weights import base
-from jaxllm.core.weights.base import Names, Weight
+from jaxllm.core.weights.base import Names, Weight, Wrapper
 
 
 @jax.tree_util.register_dataclass
@@ -44,9 +44,9 @@ class LowRank(Weight):
         return y * jnp.asarray(self.gain, y.dtype)
 
     def axes(self, names: Names) -> LowRank:
-        first = _axes(self.first, (names[0], None))
+        first = base.axes(self.first, (names[0], None))
         return dataclasses.replace(
-            self, first=first, second=_axes(self.second, (None, names[1]))
+            self, first=first, second=base.axes(self.second, (None, names[1]))
         )
 
 
@@ -88,32 +88,17 @@ class Sum(Weight):
         return Sum((main, *self.terms[1:]))
 
     def axes(self, names: Names) -> Sum:
-        return Sum(tuple(_axes(t, names) for t in self.terms))
+        return Sum(tuple(base.axes(t, names) for t in self.terms))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Trainable(Weight):
+class Trainable(Wrapper):
     """A part whose leaves training may change (an adapter)."""
 
     inner: Any
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return base.shape(self.inner)
-
-    @property
-    def dtype(self):
-        return self.inner.dtype
-
-    def materialize(self):
-        return base.materialize(self.inner)
-
-    def dot(self, x):
-        return base.dot(x, self.inner)
-
-    def axes(self, names: Names) -> Trainable:
-        return Trainable(_axes(self.inner, names))
+    refine = Weight.refine  # methods leave it alone
 
 
 def merge(w):
@@ -121,7 +106,3 @@ def merge(w):
     if isinstance(w, Sum) and any(isinstance(t, Trainable) for t in w.terms):
         return w.materialize()
     return w
-
-
-def _axes(w, names: Names):
-    return w.axes(names) if isinstance(w, Weight) else names

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.core.arrays import Leaf, static, to_rank
 from jaxllm.core.hadamard import hadamard_matrix, hadamard_transform
 from jaxllm.core.weights import base
-from jaxllm.core.weights.base import Names, Weight
+from jaxllm.core.weights.base import Names, Wrapper
 
 
 @jax.tree_util.register_dataclass
@@ -137,19 +137,11 @@ class Permutation:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Transformed(Weight):
+class Transformed(Wrapper):
     """y = op(x) W': the input goes through ``op`` first, at run time."""
 
     op: Any
     inner: Any
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return base.shape(self.inner)
-
-    @property
-    def dtype(self):
-        return self.inner.dtype
 
     def materialize(self):
         """op as a matrix times W': each basis vector through ``dot``."""
@@ -172,6 +164,4 @@ class Transformed(Weight):
         return dataclasses.replace(self, inner=inner)
 
     def axes(self, names: Names) -> Transformed:
-        inner = self.inner
-        inner = inner.axes(names) if isinstance(inner, Weight) else names
-        return Transformed(self.op.axes(names[0]), inner)
+        return Transformed(self.op.axes(names[0]), base.axes(self.inner, names))
