@@ -33,10 +33,9 @@ def layer():
     """A weight and correlated inputs with a few strong channels."""
     keys = jax.random.split(jax.random.key(0), 3)
     w = jax.random.normal(keys[0], (ROWS, OUT))
-    mix = (
-        jax.random.normal(keys[1], (ROWS, ROWS))
-        * jnp.exp(jnp.linspace(-2, 1, ROWS))[None]
-    )
+    mix = jax.random.normal(keys[1], (ROWS, ROWS)) * jnp.exp(
+        jnp.linspace(-2, 1, ROWS)
+    )[None]
     x = jax.random.normal(keys[2], (512, ROWS)) @ mix
     return w, x, Stats.of(("gram", "moments", "absmax"), x)
 

@@ -171,12 +171,9 @@ def test_rows_are_the_columns_of_the_table(named):
 
 def test_every_leaf_has_named_axes(named):
     _, w = named
-    is_names = lambda x: (
-        isinstance(x, tuple)
-        and all(  # noqa: E731
-            n is None or isinstance(n, str) for n in x
-        )
-    )
+    def is_names(x):
+        return isinstance(x, tuple) and all(n is None or isinstance(n, str) for n in x)
+
     names = jax.tree.leaves(w.axes(("embed", "mlp")), is_leaf=is_names)
     leaves = jax.tree.leaves(w)
     assert [len(n) for n in names] == [leaf.ndim for leaf in leaves]
