@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 from jaxllm.core import card as _card
@@ -32,15 +33,27 @@ def parse(text: str):
     return _card.parse(text, find)
 
 
+def _ordered() -> list[_card.Entry]:
+    return sorted(entries().values(), key=lambda e: (e.family, e.name))
+
+
 def table() -> str:
-    """All methods as a Markdown table: what README shows (a test compares)."""
-    order = sorted(entries().values(), key=lambda e: (e.family, e.name))
+    """All methods as a Markdown table: what docs/methods.md shows (a test compares)."""
     lines = ["| family | method | paper | beats, at equal bytes |", "|---|---|---|---|"]
-    for e in order:
-        claims = "; ".join(f"`{c.over}` ({c.model})" for c in e.card.claims[:1])
+    for e in _ordered():
+        claims = "; ".join(f"`{c.over}` ({c.model})" for c in e.card.claims)
         lines.append(
             f"| {e.family} | `{e.name}` {e.card.title} | {e.card.paper} | {claims} |"
         )
+    return "\n".join(lines)
+
+
+def summary() -> str:
+    """The names of all methods by family: what README shows (a test compares)."""
+    lines = ["| family | methods |", "|---|---|"]
+    for family, group in itertools.groupby(_ordered(), lambda e: e.family):
+        names = ", ".join(f"`{e.name}`" for e in group)
+        lines.append(f"| {family} | {names} |")
     return "\n".join(lines)
 
 
