@@ -1,0 +1,61 @@
+"""Named inputs: tables per output and per group, of two and four bits."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.op import Case
+from pallas_kernels.quantized_matmul.reference import parts
+from pallas_kernels.shapes import LLAMA3_8B, TINY, Linear
+
+
+def make(key, *, rows: int, linear: Linear, bits: int, block, dtype):
+    """Activations, random codes and sorted tables."""
+    keys = iter(jax.random.split(key, 4))
+    inputs, outputs = linear.inputs, linear.outputs
+    x = jax.random.normal(next(keys), (rows, inputs), dtype)
+    planes = tuple(
+        jax.random.bits(next(keys), (outputs, -(-inputs * part // 8)), jnp.uint8)
+        for part in parts(bits)
+    )
+    blocks = 1 if block is None else -(-inputs // block)
+    table = jax.random.normal(next(keys), (outputs, blocks, 2**bits))
+    return x, planes, (jnp.sort(table, -1) * inputs**-0.5).astype(dtype)
+
+
+def case(linear, rows, bits=4, block=None):
+    """One case; its name says everything that its inputs depend on."""
+    tiny = linear.model == "tiny"
+    dtype = jnp.float32 if tiny else jnp.bfloat16
+    group = "channel" if block is None else f"g{block}"
+    return Case(
+        f"{linear.name}/table{bits}-{group}/m{rows}",
+        functools.partial(
+            make, rows=rows, linear=linear, bits=bits, block=block, dtype=dtype
+        ),
+        {"bits": bits, "block": block},
+        tiny=tiny,
+        tolerance=1e-5 if tiny else 1e-2,
+        flops=2.0 * rows * linear.inputs * linear.outputs,
+    )
+
+
+def _cases():
+    square, up, ragged = TINY
+    yield case(square, 1)
+    yield case(up, 20, 4, 64)
+    yield case(up, 3, 4, 128)
+    yield case(Linear("tiny", "wide", 1024, 64), 2, 2, 256)
+    yield case(ragged, 5, 3, 32)
+    for linear in LLAMA3_8B[:4]:
+        for rows in (1, 256):
+            yield case(linear, rows)
+            yield case(linear, rows, 4, 128)
+    yield case(LLAMA3_8B[2], 16, 2, 128)
+    yield case(LLAMA3_8B[2], 16, 3)
+
+
+CASES = tuple(_cases())
