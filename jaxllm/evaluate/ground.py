@@ -1,0 +1,85 @@
+"""The test grounds: three small models, their calibration, and the house protocol.
+
+``stories`` is stories260K, a real pretrained Llama; ``twin`` the same function with
+outlier channels; ``builtin`` the model that comes with the package. Claims and
+leaderboards are measured here and nowhere else, so that their numbers agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from jaxllm.core import weights
+from jaxllm.core.model import Model, weight
+from jaxllm.data.calibration import Calibration, calibrate
+from jaxllm.data.corpora import documents
+from jaxllm.data.tokenizers import Tokenizer, load_tokenizer
+from jaxllm.evaluate.perplexity import Perplexity, perplexity
+from jaxllm.evaluate.twin import outlier_twin
+from jaxllm.models import hub
+
+NAMES = ("stories", "twin", "builtin")
+LIMIT = 48  # documents of the house protocol
+SAMPLES, LENGTH = 32, 256  # of calibration
+
+
+@dataclasses.dataclass(frozen=True)
+class Ground:
+    """A test model with its tokenizer, calibration set and held-out documents."""
+
+    name: str
+    model: Model
+    tokenizer: Tokenizer
+    calibration: Calibration
+    texts: tuple[str, ...]
+
+    def perplexity(self, model: Model) -> Perplexity:
+        """That of a model made from this one: each held-out document by itself."""
+        settings = dict(protocol="documents", limit=LIMIT, progress=False)
+        return perplexity(model, self.tokenizer, list(self.texts), **settings)
+
+    def bytes(self, model: Model) -> tuple[int, int]:
+        """Stored bytes of a model's linear maps, and of all its parameters."""
+        paths = model.config.linears()
+        linear = sum(weights.nbytes(weight(model, path)) for path in paths)
+        return linear, weights.nbytes(model.params)
+
+    def bits(self, model: Model) -> tuple[float, float]:
+        """The same in bits per weight: of this model's linear maps, of all of it.
+
+        Weights that were cut away count in the denominators.
+        """
+        linear, whole = self.bytes(model)
+        all_linear, all_weights = (n / 4 for n in self.bytes(self.model))  # float32
+        return 8 * linear / all_linear, 8 * whole / all_weights
+
+
+def ground(name: str, data: str | Path | None = None) -> Ground:
+    """The test ground of a name.
+
+    Args:
+      name: ``stories``, ``twin`` or ``builtin``.
+      data: The folder with ``models/stories260K`` and ``text``; ``builtin`` needs none.
+
+    Raises:
+      ValueError: Another name, or no folder where one is needed.
+      FileNotFoundError: The folder lacks a file.
+    """
+    if name not in NAMES:
+        raise ValueError(f"test model {name!r}; accepted: {', '.join(NAMES)}")
+    if name == "builtin":
+        source: str | Path = "builtin:"
+        model, tokenizer = hub.load_builtin(), load_tokenizer("builtin:tiny")
+    elif data is None:
+        raise ValueError(f"the test model {name!r} needs its data folder, got None")
+    else:
+        folder = Path(data) / "models" / "stories260K"
+        source = Path(data) / "text" / "tinystories.txt"
+        model = hub.load_llama2c(folder / "stories260K.bin")
+        tokenizer = load_tokenizer(folder / "tok512.bin")
+    calibration = calibrate(source, tokenizer, samples=SAMPLES, length=LENGTH)
+    if name == "twin":
+        model = outlier_twin(model, next(iter(calibration)))
+    texts = tuple(documents(source, "eval"))
+    return Ground(name, model, tokenizer, calibration, texts)
