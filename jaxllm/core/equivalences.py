@@ -2,7 +2,8 @@
 
 A rescaling is called as ``equivalence(weights, stats, site) -> factor`` [in]: the
 shared input becomes x * factor, the consumers' rows are divided by it. ``fold`` puts
-the factor into the producer where that is exact; otherwise it stays online.
+the factor, and a shift that comes before it, into the producer where that is exact;
+otherwise the factor stays online.
 """
 
 from __future__ import annotations
@@ -85,28 +86,62 @@ def searched(solve, steps: int = 20):
     return equivalence
 
 
-def fold(params: Params, site: Site, factor: Float[Array, "*lead in"]) -> Params:
-    """Parameters in which the site's input is multiplied by ``factor``.
+def shiftable(site: Site) -> bool:
+    """Whether the producer can take a constant off the site's input.
 
-    Consumers must be dense: a packed weight refuses, naming itself.
+    Norms can, with a bias, and values, since the rows of the attention matrix sum to
+    one. The output of ``up`` meets the gate first.
+    """
+    if site.producer is None or not site.exclusive:
+        return False
+    return site.kind != "linear" or site.head_dim > 1
+
+
+def fold(
+    params: Params,
+    site: Site,
+    factor: Float[Array, "*lead in"],
+    shift: Float[Array, "in"] | None = None,
+) -> Params:
+    """Parameters in which the site's input is (x - ``shift``) * ``factor``.
+
+    Consumers must be dense: a packed weight refuses, naming itself. They get a bias
+    that gives the shift back; only a ``shiftable`` site takes one.
     """
     producer = site.producer if site.exclusive else None
+    if shift is not None and not shiftable(site):
+        raise ValueError(f"{site.tap}: no producer takes a shift")
     for path in site.consumers:
-        w = get(params, f"{path}.weight")
+        group = get(params, path)
+        w = group["weight"]
         if weights.compressed(w):
             raise TypeError(
                 f"{path} is {type(w).__name__}: rescale before compressing it"
             )
-        changed = (w.astype(jnp.float32) / factor[..., :, None]).astype(w.dtype)
+        wide = w.astype(jnp.float32)
+        changed = (wide / factor[..., :, None]).astype(w.dtype)
         if producer is None:
             changed = weights.Transformed(weights.Scale(factor), changed)
-        params = put(params, f"{path}.weight", changed)
-    return params if producer is None else _into(params, producer, site, factor)
+        group = group | {"weight": changed}
+        if shift is not None:
+            group["bias"] = _plus(group.get("bias"), shift @ wide, w.dtype)
+        params = put(params, path, group)
+    return params if producer is None else _into(params, producer, site, factor, shift)
 
 
-def _into(params: Params, producer: str, site: Site, factor) -> Params:
-    """The producer's outputs multiplied by the factor."""
+def _plus(bias, change, dtype):
+    """A bias (None: there was none) and a change, in ``dtype``."""
+    old = 0.0 if bias is None else bias.astype(jnp.float32)
+    return (old + change).astype(dtype)
+
+
+def _into(params: Params, producer: str, site: Site, factor, shift=None) -> Params:
+    """The producer's outputs less the shift, multiplied by the factor."""
     group = get(params, producer)
+    if shift is not None:
+        dtype = group["weight" if site.kind == "linear" else "scale"].dtype
+        less = -_producer_channels(site, shift)
+        group = group | {"bias": _plus(group.get("bias"), less, dtype)}
     if site.kind == "linear":
         kept = _producer_channels(site, factor)
         w = group["weight"]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from jaxllm.core.batch import Batch
 from jaxllm.core.model import Model, Params, get, put
-from jaxllm.core.stats import Drift, Stats
+from jaxllm.core.stats import Drift, Samples, Stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +216,12 @@ def _embedding(params: Params) -> Params:
 @functools.partial(jax.jit, static_argnums=0)
 def _embed(config, params, tokens, positions):
     return config.embed(params, tokens, positions)
+
+
+def inputs_of(block, params: Params, hidden, rest) -> dict[str, Samples]:
+    """What each linear map of a block reads, of one batch, by local tap."""
+    found = _collect(block, ("samples",), params, hidden, hidden, *rest, {})
+    return {tap: stats.samples for tap, stats in found.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
