@@ -10,28 +10,20 @@ import numpy as np
 import pytest
 
 from jaxllm import methods
-from jaxllm.core import weights
-from jaxllm.core.model import get
-from jaxllm.data.calibration import calibrate
-from jaxllm.data.corpora import documents
-from jaxllm.data.tokenizers import load_tokenizer
-from jaxllm.evaluate import perplexity
-from jaxllm.evaluate.twin import outlier_twin
-
-CLAIMS = [
-    pytest.param(
-        claim,
-        entry.family == "structure",
-        id=f"{claim.spec} < {claim.over} on {claim.model}",
-    )
-    for entry in methods.entries().values()
-    for claim in entry.card.claims
-]
+from jaxllm.evaluate.ground import Ground, ground
 
 
-@pytest.fixture(scope="module")
-def builtin_tokenizer():
-    return load_tokenizer("builtin:tiny")
+def claims():
+    """All claims; those on other models than the first of their card are slow."""
+    for entry in methods.entries().values():
+        for claim in entry.card.claims:
+            first = claim.model == entry.card.claims[0].model
+            yield pytest.param(
+                claim,
+                entry.family == "structure",
+                id=f"{claim.spec} < {claim.over} on {claim.model}",
+                marks=() if first else pytest.mark.slow,
+            )
 
 
 @pytest.fixture(scope="module")
@@ -39,38 +31,23 @@ def bench(request):
     """A function (model name, spec) -> (nats, bytes of linears, of all), cached."""
 
     @functools.cache
-    def ground(name: str):
-        if name == "builtin":
-            model = request.getfixturevalue("builtin")
-            tokenizer = request.getfixturevalue("builtin_tokenizer")
-            sources, length = ("builtin:", "builtin:"), 256
-        else:
-            model = request.getfixturevalue("stories")
-            tokenizer = request.getfixturevalue("stories_tokenizer")
-            text = request.getfixturevalue("shared_data") / "text/tinystories.txt"
-            sources, length = (str(text), str(text)), 256
-        data = calibrate(sources[0], tokenizer, samples=32, length=length)
-        if name == "twin":
-            model = outlier_twin(model, next(iter(data)))
-        held_out = list(documents(sources[1], "eval"))
-        return model, tokenizer, data, held_out
+    def place(name: str) -> Ground:
+        data = None if name == "builtin" else request.getfixturevalue("shared_data")
+        return ground(name, data)
 
     @functools.cache
     def measure(name: str, spec: str):
-        model, tokenizer, data, held_out = ground(name)
-        small = methods.parse(spec)(model, data) if spec else model
-        found = perplexity(
-            small, tokenizer, held_out, "documents", limit=48, progress=False
-        )
-        paths = small.config.linears()
-        size = sum(weights.nbytes(get(small.params, p)) for p in paths)
-        return found.nll, size, weights.nbytes(small.params)
+        found = place(name)
+        small = found.model
+        if spec:
+            small = methods.parse(spec)(small, found.calibration)
+        return found.perplexity(small).nll, *found.bytes(small)
 
-    measure.ground = ground
+    measure.ground = place
     return measure
 
 
-@pytest.mark.parametrize("claim, whole", CLAIMS)
+@pytest.mark.parametrize("claim, whole", claims())
 def test_claim(claim, whole, bench):
     """Sizes are those of the linears, and of all where the embedding changes too."""
     ours, *size = bench(claim.model, claim.spec)
@@ -83,10 +60,9 @@ def test_claim(claim, whole, bench):
 
 def test_the_twin_is_the_same_function_with_outliers(bench):
     """Equal logits, but plain W8A8 hurts it, as it hurts large models."""
-    model, _, data, _ = bench.ground("stories")
-    twin = bench.ground("twin")[0]
-    tokens = next(iter(data)).tokens
-    before, after = model(tokens), twin(tokens)
+    plain_one, twin = bench.ground("stories"), bench.ground("twin")
+    tokens = next(iter(plain_one.calibration)).tokens
+    before, after = plain_one.model(tokens), twin.model(tokens)
     assert jnp.abs(before - after).max() < 2e-4 * jnp.abs(before).max()
     plain = "smoothquant(None, bits=8)"
     hurt = lambda name: bench(name, plain)[0] - bench(name, "")[0]  # noqa: E731
@@ -134,8 +110,6 @@ def test_gptq_equals_an_independent_transcription(bench):
     from jaxllm.core.metrics import gram
     from jaxllm.core.spec import expression
 
-    model, tokenizer, data, held_out = bench.ground("stories")
-
     @expression(needs=("gram",))
     def reference():
         def solve(w, stats, key, support):
@@ -152,10 +126,8 @@ def test_gptq_equals_an_independent_transcription(bench):
     def numpy_reference():
         return compress(reference())
 
-    theirs = numpy_reference()(model, data)
-    found = perplexity(
-        theirs, tokenizer, held_out, "documents", limit=48, progress=False
-    )
+    place = bench.ground("stories")
+    found = place.perplexity(numpy_reference()(place.model, place.calibration))
     ours = bench("stories", "gptq(bits=3, group_size=32)")[0]
     assert abs(np.exp(ours) / np.exp(found.nll) - 1) < 0.01
     assert gram(0.01).needs == ("gram",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from jaxllm.evaluate import (
     Problem,
     Question,
     choose,
+    cloze,
     exact_match,
     harness_model,
     load_problems,
@@ -260,6 +262,48 @@ def test_bad_questions_are_refused(tiny, letters):
 
 def asked(*args):
     return SimpleNamespace(args=args)
+
+
+TEXTS = (
+    "One day a cat sat down. The cat was happy. It saw a red ball. It ran.",
+    "A dog came by. Both played until the evening. Then they went home.",
+)
+
+
+@pytest.mark.parametrize("kind", ["words", "orders"])
+def test_questions_from_text_have_its_own_continuation_as_the_answer(kind):
+    if kind == "words":
+        drawn = cloze.next_words(TEXTS, context=20, choices=3)
+    else:
+        drawn = cloze.orders(TEXTS, context=20)
+    asked = list(itertools.islice(drawn, 60))
+    assert {q.answer for q in asked} == set(range(3 if kind == "words" else 2))
+    for question in asked:
+        contexts, options = zip(*question.pairs, strict=True)
+        assert len({*contexts}) == 1 and len(contexts[0]) <= 20
+        assert len({*options}) == len(options)
+        right = contexts[0] + options[question.answer]
+        assert any(right in text for text in TEXTS)
+    if kind == "orders":  # the same two sentences, so that length decides nothing
+        assert all(len({len(o) for _, o in q.pairs}) == 1 for q in asked)
+        assert not any(
+            c + o in text
+            for q in asked
+            for text in TEXTS
+            for i, (c, o) in enumerate(q.pairs)
+            if i != q.answer
+        )
+
+
+def test_questions_are_drawn_by_seed_and_refuse_what_gives_none():
+    some = lambda seed: list(  # noqa: E731
+        itertools.islice(cloze.orders(TEXTS, seed=seed), 20)
+    )
+    assert some(0) == some(0) != some(1)
+    with pytest.raises(ValueError, match="three different"):
+        next(cloze.orders(["One sentence. One sentence."]))
+    with pytest.raises(ValueError, match="1 choices; accepted: 2"):
+        next(cloze.next_words(TEXTS, choices=1))
 
 
 @pytest.fixture(scope="module")

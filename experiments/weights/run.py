@@ -40,7 +40,7 @@ from jaxllm.evaluate.ground import NAMES, Ground, ground
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"
-QUESTIONS = {"stories": 128, "twin": 128, "builtin": 64}
+QUESTIONS = {"stories": 200, "twin": 200, "builtin": 100}
 TOKENS = range(49, 65)  # of a question: one compiled shape serves all
 SAME = 1e-4  # of the largest logit
 CLEAR = 20  # rows after which compiled programs are dropped
