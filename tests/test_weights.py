@@ -27,7 +27,9 @@ from jaxllm.core.scales import Grid, absmax, best_table
 from jaxllm.core.solvers import nearest
 from jaxllm.core.splits import outliers
 from jaxllm.core.stacks import signed_stack
+from jaxllm.core.stats import Stats
 from jaxllm.core.tensors import tensor_train
+from jaxllm.core.two_level import dual_grained
 from jaxllm.core.vectors import vectors
 from jaxllm.core.weights import (
     ActivationQuantized,
@@ -116,8 +118,16 @@ TYPES = {
     "w8a8": lambda: ActivationQuantized(
         rounded(Integer(8, True), None), ActivationFormat(8)
     ),
+    "w4a8 in groups": lambda: ActivationQuantized(
+        rounded(Integer(4, True), 16), ActivationFormat(8, block=16)
+    ),
+    "two levels": lambda: dual_grained(4, 16, metric=identity())(dense(), None),
+    "w4a8 two levels": lambda: ActivationQuantized(
+        TYPES["two levels"](), ActivationFormat(8)
+    ),
 }
-ROUNDS_INPUT = {"w4a8", "w8a8"}
+INTEGER_PRODUCTS = ("w8a8", "w4a8 in groups", "w4a8 two levels")
+ROUNDS_INPUT = {"w4a8", *INTEGER_PRODUCTS}
 
 
 @pytest.fixture(params=TYPES, scope="module")
@@ -226,15 +236,44 @@ def test_quantizing_a_sparse_weight_keeps_its_zeros_and_shrinks_it(kind):
     assert weights.nbytes(small) < weights.nbytes(sparse) / 2
 
 
-def test_integer_product_is_exact():
+@pytest.mark.parametrize("kind", INTEGER_PRODUCTS)
+def test_integer_product_is_exact(kind):
     """int8 x int8 -> int32 gives what the rounded factors give in float64."""
-    w = TYPES["w8a8"]()
+    w = TYPES[kind]()
     assert w.integer_product
     x = dense(10, (6, ROWS))
     exact = np.float64(w.format.round(x)) @ np.float64(w.materialize())
     np.testing.assert_allclose(w.dot(x), exact, rtol=2e-6, atol=2e-5)
     text = str(jax.make_jaxpr(w.dot)(x))
     assert "preferred_element_type=int32" in text
+
+
+def test_two_levels_fit_into_int8_and_searching_them_pays():
+    """Integers without overflow; the output error falls with either search."""
+    x = dense(16, (64, ROWS)) * jnp.exp(dense(17, (ROWS,)))
+    stats = Stats.of(("gram",), x)
+    solve = lambda *steps: dual_grained(4, 16, *steps)(dense(), stats)  # noqa: E731
+    loss = lambda w: (jnp.abs(x @ (w.materialize() - dense())) ** 2).sum(0)  # noqa: E731
+    w = solve(20, 80)
+    codes = np.int64(unpack(w.planes, 4, ROWS))
+    wide = lambda v: np.int64(np.repeat(v, 16, 1)[:, :ROWS])  # noqa: E731
+    exact = (codes - wide(w.zero)) * wide(w.group_scale)
+    np.testing.assert_array_equal(w.integers(), exact)
+    assert np.abs(exact).max() > 100
+    assert (loss(w) <= loss(solve(20, 1)) * 1.00001).all()
+    assert loss(w).sum() < 0.97 * loss(solve(1, 1)).sum()
+
+
+def test_a_short_last_block_of_activations_is_a_block_of_its_own():
+    x = dense(18, (3, 20)).at[:, 16:].mul(0.01)
+    format = ActivationFormat(4, block=8)
+    for symmetric in (True, False):
+        format = dataclasses.replace(format, symmetric=symmetric)
+        parts = [format.round(x[:, i : i + 8]) for i in (0, 8, 16)]
+        np.testing.assert_array_equal(format.round(x), jnp.concatenate(parts, -1))
+    codes, scale = ActivationFormat(4, block=8).integers(x)
+    back = codes * jnp.repeat(scale, 8, -1)[:, :20]
+    np.testing.assert_allclose(back, ActivationFormat(4, block=8).round(x), rtol=1e-6)
 
 
 def test_a_type_without_a_dense_part_refuses():
@@ -255,8 +294,6 @@ def test_refine_reaches_the_open_part_through_every_shell():
     inner = Transformed(Scale(jnp.full(ROWS, 2.0)), dense())
     factors = LowRank(dense(1, (ROWS, 2)), dense(2, (2, OUT)))
     shell = ActivationQuantized(Sum((inner, factors)), ActivationFormat(8))
-    from jaxllm.core.stats import Stats
-
     x = dense(11, (9, ROWS))
     made = shell.refine(solve, Stats.of(("gram", "absmax", "moments"), x))
     np.testing.assert_array_equal(seen[0], dense())

@@ -9,6 +9,7 @@ from types import ModuleType
 
 from jaxllm.core import (
     allocate,
+    channel_scales,
     codebooks,
     compose,
     depth,
@@ -33,6 +34,7 @@ from jaxllm.core import (
     splits,
     stacks,
     tensors,
+    two_level,
     units,
     vectors,
     width,
@@ -41,6 +43,7 @@ from jaxllm.core.formats import activation, base, tables
 
 MODULES: tuple[ModuleType, ...] = (
     allocate,
+    channel_scales,
     codebooks,
     compose,
     descent,
@@ -68,6 +71,7 @@ MODULES: tuple[ModuleType, ...] = (
     splits,
     tensors,
     stacks,
+    two_level,
     units,
     vectors,
     width,

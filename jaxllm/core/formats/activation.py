@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8
 
 from jaxllm.core.arrays import Leaf
 from jaxllm.core.formats.base import TINY, Integer, Levels
@@ -29,8 +29,8 @@ class ActivationFormat:
     """Rounding of activations along the last axis: one scale per token and block.
 
     ``symmetric`` uses absmax, otherwise min and max; ``clip`` shrinks the range;
-    ``block`` None means the whole last axis; ``element`` replaces the integers of
-    ``bits`` by other levels (``float_format(4, 3)``).
+    ``block`` None means the whole last axis, a last block may be short; ``element``
+    replaces the integers of ``bits`` by other levels (``float_format(4, 3)``).
     """
 
     bits: int | Any  # text and files give anything: checked below
@@ -52,10 +52,19 @@ class ActivationFormat:
     def format(self) -> Integer | Levels:
         return self.element or Integer(self.bits, self.symmetric)
 
+    @property
+    def integral(self) -> bool:
+        """Whether ``integers`` gives the same rounding as ``round``."""
+        return self.symmetric and self.element is None
+
+    def _blocks(self, x):
+        """[..., blocks, block], a short last block filled with zeros."""
+        size = self.block or x.shape[-1]
+        sides = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)]
+        return jnp.pad(x.astype(jnp.float32), sides).reshape(*x.shape[:-1], -1, size)
+
     def _grid(self, x):
-        blocks = x.astype(jnp.float32).reshape(
-            *x.shape[:-1], -1, self.block or x.shape[-1]
-        )
+        blocks = self._blocks(x)
         if self.symmetric:
             peak = jnp.abs(blocks).max(-1, keepdims=True) * self.clip
             return blocks, jnp.maximum(peak / self.format.largest, TINY), None
@@ -70,7 +79,8 @@ class ActivationFormat:
         stored = scale.astype(jnp.bfloat16)
         codes = self.format.encode(blocks / stored.astype(jnp.float32), zero)
         zero = None if zero is None else zero[..., 0].astype(jnp.uint8)
-        return Encoded(pack(codes.reshape(x.shape), self.bits), stored[..., 0], zero)
+        codes = _joined(codes, x.shape[-1])
+        return Encoded(pack(codes, self.bits), stored[..., 0], zero)
 
     def decode(self, encoded: Encoded) -> Float[Array, "... width"]:
         width = sum(p.shape[-1] for p in encoded.codes[:1]) * 8
@@ -90,4 +100,21 @@ class ActivationFormat:
         scale = scale.astype(jnp.bfloat16).astype(jnp.float32)
         codes = self.format.encode(blocks / scale, zero)
         values = self.format.decode(codes, zero) * scale
-        return values.reshape(x.shape).astype(x.dtype)
+        return _joined(values, x.shape[-1]).astype(x.dtype)
+
+    def integers(
+        self, x: Float[Array, "... width"]
+    ) -> tuple[Int8[Array, "... width"], Float[Array, "... blocks"]]:
+        """Signed codes and the scales of their blocks, as ``round`` uses them."""
+        if not self.integral:
+            raise ValueError(f"{self} is no symmetric integer format")
+        blocks, scale, _ = self._grid(x)
+        scale = scale.astype(jnp.bfloat16).astype(jnp.float32)
+        codes = self.format.encode(blocks / scale).astype(jnp.int32)
+        signed = (codes - 2 ** (self.bits - 1)).astype(jnp.int8)
+        return _joined(signed, x.shape[-1]), scale[..., 0]
+
+
+def _joined(blocks, width: int):
+    """[..., width] from [..., blocks, block]."""
+    return blocks.reshape(*blocks.shape[:-2], -1)[..., :width]

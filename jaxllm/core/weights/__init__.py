@@ -36,6 +36,7 @@ from jaxllm.core.weights.transformed import (
     Scale,
     Transformed,
 )
+from jaxllm.core.weights.two_level import TwoLevel
 from jaxllm.core.weights.vectors import Vectors
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "Trainable",
     "Transformed",
     "Transposed",
+    "TwoLevel",
     "Vectors",
     "Weight",
     "compressed",

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 from pallas_kernels import fall_back
 
@@ -47,6 +47,19 @@ class Weight(abc.ABC):
     def rows(self, ids: Int[Array, "*ids"]) -> Float[Array, "*ids in"]:
         """The columns W[:, ids] as rows: embeddings of a table [width, vocabulary]."""
         return rows(self.materialize(), ids)
+
+    def takes_codes(self, block: int | None) -> bool:
+        """Whether ``dot_codes`` takes integers with one scale per ``block`` inputs."""
+        return False
+
+    def dot_codes(
+        self,
+        codes: Int8[Array, "*batch in"],
+        scale: Float[Array, "*batch blocks"],
+        out_dtype,
+    ) -> Float[Array, "*batch out"]:
+        """(codes scale) W by an integer product, where ``takes_codes`` says so."""
+        raise TypeError(f"{type(self).__name__} multiplies no integer codes")
 
     def refine(self, solve: Solve, stats, support=None):
         """Let ``solve(dense, stats, support)`` replace the part that is still dense.

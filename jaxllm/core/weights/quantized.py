@@ -13,6 +13,7 @@ from jaxllm.core.arrays import Leaf, static
 from jaxllm.core.formats import Format, Integer, Levels
 from jaxllm.core.packing import pack, unpack
 from jaxllm.core.weights.base import Names, Weight, materialize
+from jaxllm.core.weights.products import code_product, splits_evenly
 from pallas_kernels.quantized_matmul import op as quantized_matmul
 
 
@@ -86,6 +87,25 @@ class Quantized(Weight):
             block=self.block,
             levels=form.levels if isinstance(form, Levels) else None,
             offset=form.offset if isinstance(form, Integer) else None,
+        )
+
+    def takes_codes(self, block: int | None) -> bool:
+        form = self.format
+        symmetric = isinstance(form, Integer) and form.bits > 1 and self.zero is None
+        plain = self.stored is None and not isinstance(self.scale, Weight)
+        even = block is None or splits_evenly(block, form.bits)
+        return symmetric and plain and block == self.block and even
+
+    def dot_codes(self, codes, scale, out_dtype):
+        return code_product(
+            codes,
+            self.planes,
+            scale,
+            self.scale.astype(jnp.float32),
+            bits=self.format.bits,
+            offset=int(self.format.offset),
+            block=self.block,
+            out_dtype=out_dtype,
         )
 
     def rows(self, ids: Int[Array, "*ids"]):

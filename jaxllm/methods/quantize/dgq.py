@@ -1,0 +1,42 @@
+"""DGQ: int4 groups inside int8 channels, so that W4A8 stays one integer product."""
+
+from jaxllm.core.card import Card, Claim
+from jaxllm.core.channel_scales import capped
+from jaxllm.core.compose import compress, sequence, transform
+from jaxllm.core.formats import ActivationFormat
+from jaxllm.core.rescale import rescale
+from jaxllm.core.two_level import dual_grained
+
+card = Card(
+    "DGQ",
+    paper="arXiv:2310.04836",
+    claims=(
+        Claim("dgq(4, 32, 0.05)", "dgq(4, 32, None)", model="twin"),
+        Claim("dgq(4, 32, 0.05)", "smoothquant(0.5, bits=5)", model="twin"),
+        Claim("dgq(4, 32, None, None)", "rtn(4, 32)"),
+    ),
+    composes="first of the weight methods: it rescales dense weights, then rounds",
+)
+
+
+@transform
+def dgq(
+    bits: int = 4,
+    group_size: int = 128,
+    share: float | None = 0.005,
+    activation_bits: int | None = 8,
+    steps: int = 20,
+    coarse_steps: int = 80,
+):
+    """w = s1 s2_g (q - z_g) with s2_g an int8 per group, s1 a float per output.
+
+    The channels of highest range, a ``share`` of them, are brought to the next one's
+    (percentile clipping, None leaves it out), scales are searched in two phases
+    (section 3.2), tokens are rounded to int8. The authors' code caps the ranges of norm
+    outputs and of the down projection's input, here of all that a producer can take;
+    its static activation ranges are not here.
+    """
+    rounding = None if activation_bits is None else ActivationFormat(activation_bits)
+    solve = dual_grained(bits, group_size, steps, coarse_steps)
+    smoothing = [] if share is None else [rescale(capped(share))]
+    return sequence(*smoothing, compress(solve, activations=rounding))
