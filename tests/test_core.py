@@ -16,13 +16,21 @@ from jaxllm.core.batch import Batch
 from jaxllm.core.compose import plan, transform
 from jaxllm.core.formats import Integer, normal_float
 from jaxllm.core.metrics import gram
-from jaxllm.core.model import History, Model, combine, partition, weight
+from jaxllm.core.model import (
+    History,
+    Model,
+    combine,
+    get,
+    partition,
+    put,
+    weight,
+)
 from jaxllm.core.patterns import Pattern
 from jaxllm.core.reconstruct import clipping, reconstruct
 from jaxllm.core.scales import Grid, absmax, half_quadratic, mse, power_of_two
 from jaxllm.core.solvers import nearest, obs, svd
 from jaxllm.core.stats import Stats
-from jaxllm.core.walk import Monitor
+from jaxllm.core.walk import Monitor, walk
 from jaxllm.models import MLP, Attention, Layer, Transformer, init
 
 ROWS, OUT = 48, 20
@@ -33,9 +41,10 @@ def layer():
     """A weight and correlated inputs with a few strong channels."""
     keys = jax.random.split(jax.random.key(0), 3)
     w = jax.random.normal(keys[0], (ROWS, OUT))
-    mix = jax.random.normal(keys[1], (ROWS, ROWS)) * jnp.exp(
-        jnp.linspace(-2, 1, ROWS)
-    )[None]
+    mix = (
+        jax.random.normal(keys[1], (ROWS, ROWS))
+        * jnp.exp(jnp.linspace(-2, 1, ROWS))[None]
+    )
     x = jax.random.normal(keys[2], (512, ROWS)) @ mix
     return w, x, Stats.of(("gram", "moments", "absmax"), x)
 
@@ -75,6 +84,78 @@ def test_statistics_add_up(name, layer):
     whole = weights.materialize(obs(SETS[name])(w, stats))
     again = weights.materialize(obs(SETS[name])(w, halves))
     assert (jnp.abs(whole - again) > 1e-3).mean() < 0.02
+
+
+def test_means_of_two_batches_are_those_of_both_together(layer):
+    """Counts add up as sums do: nothing of a batch is forgotten."""
+    _, x, _ = layer
+    names = ("gram", "moments", "absmax", "histogram")
+    weighting = jnp.arange(512) % 3 / 2
+    parts = [slice(0, 100), slice(100, 512)]
+    halves = [Stats.of(names, x[p], weighting[p]) for p in parts]
+    whole, both = Stats.of(names, x, weighting), halves[0] + halves[1]
+    for found, expected in (
+        (both.gram.mean, whole.gram.mean),
+        (both.moments.mean_square, whole.moments.mean_square),
+        (both.moments.variance, whole.moments.variance),
+        (both.absmax.value, whole.absmax.value),
+        (both.histogram.counts, whole.histogram.counts),
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    by_hand = (x * weighting[:, None]).T @ x / weighting.sum()
+    np.testing.assert_allclose(both.gram.mean, by_hand, rtol=1e-3, atol=1e-2)
+
+
+def test_a_block_sees_the_inputs_that_the_changed_prefix_gives(model, batches):
+    """Statistics of layer 1 are those behind the new layer 0, not the old one."""
+
+    def statistics(model, change):
+        seen = {}
+
+        def visit(params, path, found):
+            seen[path] = found.stats
+            if not change or path != "layers.0":
+                return params
+            halved = jax.tree.map(lambda x: 0.5 * x, get(params, path))
+            return put(params, path, halved)
+
+        blocks = lambda path: path.startswith("layers")  # noqa: E731
+        after = walk(model, batches, ("gram",), visit, wants=blocks)
+        return seen, after
+
+    changing, changed = statistics(model, True)
+    expected, dense = statistics(changed, False)[0], statistics(model, False)[0]
+    same = lambda a, b: jax.tree.all(jax.tree.map(jnp.allclose, a, b))  # noqa: E731
+    assert same(changing["layers.1"], expected["layers.1"])
+    assert not same(changing["layers.1"], dense["layers.1"])
+    assert same(changing["layers.0"], dense["layers.0"])
+
+
+@pytest.mark.parametrize("symmetric", (True, False))
+def test_each_output_of_each_group_has_a_scale_of_its_own(symmetric):
+    """Half a step of its own range is the most that any weight may err."""
+    sizes = jnp.exp(jnp.linspace(-4, 4, OUT))[None] * jnp.exp(jnp.arange(3))[:, None]
+    w = jax.random.uniform(jax.random.key(4), (ROWS, OUT), minval=-1.0, maxval=1.0)
+    w = (w.reshape(3, 16, OUT) * sizes[:, None]).reshape(ROWS, OUT)
+    made = nearest(Grid(Integer(4, symmetric), 16))(w, None)
+    groups = w.reshape(3, 16, OUT)
+    if symmetric:
+        step = jnp.abs(groups).max(1) / 7
+    else:
+        step = (groups.max(1) - groups.min(1)) / 15
+    error = jnp.abs(made.materialize() - w).reshape(groups.shape).max(1)
+    assert (error <= 0.55 * step).all()  # scales are stored in bfloat16
+
+
+def test_damping_is_a_share_of_the_mean_diagonal():
+    """GPTQ, section 3.3 (step 3); an input that never fires gets a unit diagonal."""
+    x = jax.random.normal(jax.random.key(5), (64, 8)).at[:, 3].set(0.0)
+    h = np.float64(x).T @ np.float64(x) / 64
+    found = gram(0.25)(Stats.of(("gram",), x), 8)
+    expected = h + 0.25 * np.trace(h) / 8 * np.eye(8)
+    expected[3, 3] += 1
+    np.testing.assert_allclose(found.full(), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.importance, np.diag(h), rtol=1e-5)
 
 
 def test_gram_through_an_op_is_the_gram_of_the_outputs(layer):

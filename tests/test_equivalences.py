@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm import methods
 from jaxllm.core.batch import Batch
 from jaxllm.core.compose import transform
 from jaxllm.core.equivalences import fold, pooled, shiftable
@@ -77,6 +78,16 @@ def test_shift_and_scale_keep_the_logits(model, batches):
     assert moved == 6  # of each layer: two norms and the values
     assert "bias" in params["layers"]["0"]["attn_norm"]
     same_function(model, model.replace(params=params), batches[0].tokens)
+
+
+@pytest.mark.parametrize("kind", ("llama", "gemma"))
+def test_a_rotation_keeps_the_logits(kind, batches):
+    """All norms have scales of their own, which must reach the weights behind them."""
+    model, tokens = build(kind), batches[0].tokens
+    spec = "quarot(bits=None, activation_bits=None, kv_bits=None)"
+    after = methods.parse(spec)(model)
+    before, found = model(tokens), after(tokens)
+    assert jnp.abs(found - before).max() < 5e-5 * jnp.abs(before).max()
 
 
 def test_a_shift_that_no_producer_takes_is_refused():
