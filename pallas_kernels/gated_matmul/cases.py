@@ -15,7 +15,7 @@ def make(key, *, rows: int, linear: Linear, block: int, active: int, dtype):
     """A random choice of ``active`` blocks; the index has a slot for every block."""
     one, two, three = jax.random.split(key, 3)
     x = jax.random.normal(one, (rows, linear.inputs), dtype)
-    w = jax.random.normal(two, (linear.outputs, linear.inputs), dtype)
+    w = jax.random.normal(two, (linear.inputs, linear.outputs), dtype)
     index = jax.random.permutation(three, linear.inputs // block).astype(jnp.int32)
     w = w * jnp.asarray(linear.inputs**-0.5, dtype)
     return x, w, index, jnp.asarray(active, jnp.int32)

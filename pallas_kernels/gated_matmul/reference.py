@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int
 def check(x, w, index, block: int) -> None:
     """ValueError names the argument that does not fit the others."""
     inputs = x.shape[-1]
-    if w.shape[-1] != inputs:
-        raise ValueError(f"x has {inputs} inputs, the weight {w.shape[-1]}")
+    if len(w) != inputs:
+        raise ValueError(f"x has {inputs} inputs, the weight {len(w)}")
     if block < 1 or inputs % block:
         raise ValueError(f"blocks of {block} do not divide {inputs} inputs")
     if index.ndim != 1 or len(index) > inputs // block:
@@ -21,13 +21,13 @@ def check(x, w, index, block: int) -> None:
 
 def gated_matmul(
     x: Float[Array, "*batch in"],
-    w: Float[Array, "out in"],
+    w: Float[Array, "in out"],
     index: Int[Array, "slots"],
     count: Int[Array, ""],
     *,
     block: int = 128,
 ) -> Float[Array, "*batch out"]:
-    """y[m, n] = sum_{i < count} sum_{k in block index[i]} x[m, k] w[n, k].
+    """y[m, n] = sum_{i < count} sum_{k in block index[i]} x[m, k] w[k, n].
 
     ``index`` numbers blocks of ``block`` inputs, each at most once; only its first
     ``count`` entries are read (0 gives zeros), so that the number of active blocks may
@@ -36,6 +36,7 @@ def gated_matmul(
     gate closes inside an active block are zeros of ``x``: with all blocks of a
     non-zero input listed, y is exactly x W. WINA (arXiv:2505.19427) scores inputs by
     |x| times the norm of their weight column one by one; blocks are this op's.
+    ``w`` is a plain array as models hold it: the rows of a block are neighbours.
     Sums are float32; the result has the dtype of ``x``.
     """
     check(x, w, index, block)
@@ -44,4 +45,4 @@ def gated_matmul(
     active = jnp.zeros(blocks, jnp.float32).at[index].add(listed.astype(jnp.float32))
     gate = jnp.repeat(active, block)
     left, right = x.astype(jnp.float32) * gate, w.astype(jnp.float32)
-    return jnp.einsum("...k,nk->...n", left, right).astype(x.dtype)
+    return jnp.einsum("...k,kn->...n", left, right).astype(x.dtype)

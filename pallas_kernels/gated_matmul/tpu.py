@@ -6,11 +6,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.gated_matmul.reference import check
+from pallas_kernels.mxu import dot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ def gated_matmul(
         )
     rows = -(-len(x2) // 16) * 16
     x2 = jnp.pad(x2, ((0, rows - len(x2)), (0, 0)))
-    outputs = len(w)
+    outputs = w.shape[1]
     tile = min((tuning or Tuning()).outputs, -(-outputs // 128) * 128)
 
     def here(i, index, count):
@@ -61,7 +61,7 @@ def gated_matmul(
             grid=(pl.cdiv(outputs, tile), len(index)),
             in_specs=[
                 pl.BlockSpec((rows, block), lambda j, i, *s: (0, here(i, *s))),
-                pl.BlockSpec((tile, block), lambda j, i, *s: (j, here(i, *s))),
+                pl.BlockSpec((block, tile), lambda j, i, *s: (here(i, *s), j)),
             ],
             out_specs=pl.BlockSpec((rows, tile), lambda j, i, *s: (0, j)),
             scratch_shapes=[pltpu.VMEM((rows, tile), jnp.float32)],
@@ -86,14 +86,7 @@ def _kernel(index_ref, count_ref, x_ref, w_ref, y_ref, sum_ref):
 
     @pl.when(step < count_ref[0])
     def _():
-        precision = lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None
-        sum_ref[...] += lax.dot_general(
-            x_ref[...],
-            w_ref[...],
-            (((1,), (1,)), ((), ())),
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
+        sum_ref[...] += dot(x_ref[...], w_ref[...].astype(x_ref.dtype))
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _():

@@ -11,7 +11,7 @@ from pallas_kernels.op import Case
 from pallas_kernels.shapes import LLAMA3_8B, TINY, Linear
 
 
-def make(key, *, rows: int, linear: Linear, n: int, m: int, bits, block, dtype):
+def make(key, *, rows: int, linear: Linear, n: int, m: int, bits, block, zeros, dtype):
     """Random supports with n of every m inputs, and values or codes in their order."""
     keys = iter(jax.random.split(key, 6))
     inputs, outputs = linear.inputs, linear.outputs
@@ -27,13 +27,17 @@ def make(key, *, rows: int, linear: Linear, n: int, m: int, bits, block, dtype):
     plane = jax.random.bits(next(keys), (outputs, -(-kept * bits // 8)), jnp.uint8)
     blocks = 1 if block is None else -(-inputs // block)
     scale = jax.random.uniform(next(keys), (outputs, blocks), dtype, 0.5, 1.5)
-    return x, mask, (plane,), scale * unit
+    arguments = x, mask, (plane,), scale * unit
+    if not zeros:
+        return arguments
+    zero = jax.random.randint(next(keys), scale.shape, 0, 2**bits).astype(jnp.uint8)
+    return *arguments, zero
 
 
-def case(linear, rows, n=2, m=4, bits=None, block=None):
+def case(linear, rows, n=2, m=4, bits=None, block=None, zeros=False):
     """One case; its name says everything that its inputs depend on."""
     tiny = linear.model == "tiny"
-    kind = "float" if bits is None else f"w{bits}-g{block}"
+    kind = "float" if bits is None else f"w{bits}-g{block}{'-asym' * zeros}"
     dtype = jnp.float32 if tiny else jnp.bfloat16
     return Case(
         f"{linear.name}/{n}of{m}-{kind}/m{rows}",
@@ -45,6 +49,7 @@ def case(linear, rows, n=2, m=4, bits=None, block=None):
             m=m,
             bits=bits,
             block=block,
+            zeros=zeros,
             dtype=dtype,
         ),
         {"n": n, "m": m, "bits": bits, "block": block},
@@ -60,6 +65,7 @@ def _cases():
     yield case(wide, 3, bits=4, block=128)
     yield case(wide, 2, 4, 8)
     yield case(up, 20, 4, 8, 4, 64)
+    yield case(square, 2, bits=4, block=64, zeros=True)
     yield case(ragged, 5, 1, 4)
     for linear in LLAMA3_8B[:4]:
         yield case(linear, 1)
@@ -67,6 +73,7 @@ def _cases():
     for rows in (16, 64):
         yield case(LLAMA3_8B[2], rows)
         yield case(LLAMA3_8B[2], rows, bits=4, block=128)
+    yield case(LLAMA3_8B[2], 1, bits=4, block=128, zeros=True)
     yield case(LLAMA3_8B[2], 1, 4, 8)
     yield case(LLAMA3_8B[2], 1, 4, 8, 4, 128)
 

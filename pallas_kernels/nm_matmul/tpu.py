@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.mxu import NT, dot, ones_where
 from pallas_kernels.nm_matmul.reference import check
 
 LANES = 128
@@ -63,7 +64,7 @@ def nm_matmul(
     layout = Layout(n, m, bits, block)
     lead, inputs = x.shape[:-1], x.shape[-1]
     x2 = x.reshape(-1, inputs)
-    if reason := _refusal(layout, len(x2), inputs, zero):
+    if reason := _refusal(layout, len(x2), inputs):
         raise NotImplementedError(reason)
     stored = values if bits is None else values[0]
     rows = -(-len(x2) // 16) * 16
@@ -71,7 +72,7 @@ def nm_matmul(
     places = jnp.pad(places, ((0, 0), (0, rows - len(x2)), (0, 0)))
     tile = (tuning or Tuning()).outputs
     outputs = len(mask)
-    weights = [mask, stored] if scale is None else [mask, stored, scale]
+    weights = [a for a in (mask, stored, scale, zero) if a is not None]
     y = pl.pallas_call(
         functools.partial(_kernel, layout=layout),
         grid=(pl.cdiv(outputs, tile),),
@@ -90,7 +91,7 @@ def nm_matmul(
     return y[: len(x2)].reshape(*lead, outputs)
 
 
-def _refusal(layout: Layout, rows: int, inputs: int, zero) -> str | None:
+def _refusal(layout: Layout, rows: int, inputs: int) -> str | None:
     if layout.m not in (4, 8):
         return f"groups of {layout.m}; this kernel has m = 4 and 8"
     if inputs % (layout.m * LANES // 2):
@@ -101,8 +102,6 @@ def _refusal(layout: Layout, rows: int, inputs: int, zero) -> str | None:
         return f"values of {layout.bits} bits; this kernel has 4, and floats"
     if layout.bits and layout.n % 2:
         return f"{layout.n} four-bit values of a group share bytes with the next"
-    if zero is not None:
-        return "zero points; this kernel has symmetric codes"
     if layout.block is not None and layout.block % layout.m:
         return f"blocks of {layout.block} cut groups of {layout.m}"
     return None
@@ -110,18 +109,20 @@ def _refusal(layout: Layout, rows: int, inputs: int, zero) -> str | None:
 
 def _kernel(x_ref, mask_ref, values_ref, *rest, layout: Layout):
     """All inputs of a tile of outputs, a chunk of groups after the other."""
-    *scale_ref, y_ref = rest
+    *grid, y_ref = rest  # scale and zero point, or none
     groups = x_ref.shape[2]
     total = jnp.zeros(y_ref.shape, jnp.float32)
     for start in range(0, groups, CHUNK):
         here = (start, min(CHUNK, groups - start))
         bits = _group_bits(mask_ref, here, layout.m)
         values = _group_values(values_ref, here, layout)
-        scale = _group_scale(scale_ref, here, layout)
+        scale, zero = (_per_group(ref, here, layout) for ref in (*grid, None, None)[:2])
+        if layout.bits:
+            values = [v - (8.0 if zero is None else zero) for v in values]
         for place, w in enumerate(_expand(bits, values, layout.m)):
             w = w if scale is None else w * scale
             x = x_ref[place, :, pl.ds(*here)]
-            total += _dot(x, w.astype(x.dtype), transposed=True)
+            total += dot(x, w.astype(x.dtype), NT)
     y_ref[...] = total.astype(y_ref.dtype)
 
 
@@ -166,18 +167,20 @@ def _group_values(values_ref, here, layout: Layout):
         return carried
     codes = [byte.astype(jnp.int32) for byte in carried]
     halves = [h for byte in codes for h in (byte & 15, byte >> 4)]
-    return [(h - 8).astype(jnp.float32) for h in halves]
+    return [h.astype(jnp.float32) for h in halves]
 
 
-def _group_scale(scale_ref, here, layout: Layout):
-    """The scale of each group's block, float32 [outputs, groups or 1]."""
-    if not scale_ref:
+def _per_group(ref, here, layout: Layout):
+    """The scale or zero point of each group's block, float32 [outputs, groups or 1]."""
+    if ref is None:
         return None
-    scale = scale_ref[0][...]
+    per_block = ref[...]
+    if jnp.issubdtype(per_block.dtype, jnp.integer):
+        per_block = per_block.astype(jnp.int32).astype(jnp.bfloat16)
     if layout.block is None:
-        return scale.astype(jnp.float32)
+        return per_block.astype(jnp.float32)
     start, count = here
-    return _carry(scale, count, lambda g: (g + start) * layout.m // layout.block)
+    return _carry(per_block, count, lambda g: (g + start) * layout.m // layout.block)
 
 
 def _carry(a, count: int, source):
@@ -185,13 +188,4 @@ def _carry(a, count: int, source):
     shape = (a.shape[1], count)
     lane = lax.broadcasted_iota(jnp.int32, shape, 1)
     chosen = lax.broadcasted_iota(jnp.int32, shape, 0) == source(lane)
-    return _dot(a, chosen.astype(jnp.float32).astype(a.dtype))
-
-
-def _dot(a, b, transposed: bool = False):
-    """A float32 sum; float32 operands keep their precision."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    contract = (((1,), (1 if transposed else 0,)), ((), ()))
-    return lax.dot_general(
-        a, b, contract, precision=precision, preferred_element_type=jnp.float32
-    )
+    return dot(a, ones_where(chosen, a.dtype))

@@ -62,10 +62,13 @@ def _cases():
     yield case(square, 3, "binary", 2, 128, bias=True)
     yield case(square, 2, "ternary", 2, 128)
     yield case(up, 80, "ternary", 1, 64)
+    yield case(square, 3, "trits", 2, 64, bias=True)
+    yield case(up, 20, "trits", 1, None)
     for linear in (LLAMA3_8B[1], LLAMA3_8B[3]):
         for rows in (1, 16, 256):
             yield case(linear, rows, "binary", 3, 128, bias=True)
             yield case(linear, rows, "ternary", 2, 128)
+            yield case(linear, rows, "trits", 2, 128)
     yield case(LLAMA3_8B[2], 1, "ternary", 1, None)
 
 

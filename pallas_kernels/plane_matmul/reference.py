@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int8, UInt8
 
 from pallas_kernels.quantized_matmul.reference import spread
@@ -10,41 +11,45 @@ from pallas_kernels.quantized_matmul.reference import spread
 Planes = tuple[UInt8[Array, "out _"], ...]
 Scales = tuple[Float[Array, "out blocks"], ...]
 
-# Bits of a code in its byte, the first input in the lowest bits.
-WIDTHS = {"binary": 1, "ternary": 2}
+# Values of one code and how many a byte holds, the first input in the lowest place.
+PLACES = {"binary": (2, 8), "ternary": (4, 4), "trits": (3, 5)}
 
 
-def width(kind: str) -> int:
-    """Bits of one code of a ``kind`` of plane."""
-    if kind not in WIDTHS:
-        raise ValueError(f"planes of kind {kind!r}; accepted: {', '.join(WIDTHS)}")
-    return WIDTHS[kind]
+def places(kind: str) -> tuple[int, int]:
+    """(base, codes in a byte) of a ``kind`` of plane."""
+    if kind not in PLACES:
+        raise ValueError(f"planes of kind {kind!r}; accepted: {', '.join(PLACES)}")
+    return PLACES[kind]
 
 
 def pack(values: Int8[Array, "out in"], kind: str) -> UInt8[Array, "out _"]:
-    """Bytes of signs (-1 -> 0, +1 -> 1) or trits (two's complement in two bits)."""
-    bits = width(kind)
-    if values.shape[-1] % (8 // bits):
-        raise ValueError(
-            f"{values.shape[-1]} inputs; accepted: multiples of {8 // bits} ({kind})"
-        )
-    codes = values > 0 if kind == "binary" else values & 3
-    codes = codes.astype(jnp.uint8).reshape(len(values), -1, 8 // bits)
-    shifts = jnp.arange(8 // bits, dtype=jnp.uint8) * jnp.uint8(bits)
-    return (codes << shifts[None, None]).sum(-1, dtype=jnp.uint8)
+    """Bytes of signs (-1 -> 0, +1 -> 1), of trits in two bits (two's complement), or
+    of five trits (-1 -> 0, 0 -> 1, 1 -> 2, base three)."""
+    base, count = places(kind)
+    short = -values.shape[-1] % count
+    codes = {"binary": values > 0, "ternary": values & 3, "trits": values + 1}[kind]
+    codes = jnp.pad(codes.astype(jnp.uint8), ((0, 0), (0, short)))
+    codes = codes.reshape(len(values), -1, count)
+    return (codes * _powers(base, count)).sum(-1, dtype=jnp.uint8)
 
 
 def unpack(
     plane: UInt8[Array, "out _"], kind: str, count: int
 ) -> Int8[Array, "out in"]:
     """Signs or trits of the first ``count`` inputs."""
-    bits = width(kind)
-    shifts = jnp.arange(8 // bits, dtype=jnp.uint8) * jnp.uint8(bits)
-    codes = (plane[..., None] >> shifts[None, None]) & jnp.uint8(2**bits - 1)
+    base, held = places(kind)
+    codes = plane[..., None] // _powers(base, held) % jnp.uint8(base)
     codes = codes.reshape(len(plane), -1)[:, :count].astype(jnp.int8)
     if kind == "binary":
         return 2 * codes - 1
+    if kind == "trits":
+        return codes - 1
     return codes - 4 * (codes >> 1)  # 3 is -1
+
+
+def _powers(base: int, count: int) -> UInt8[Array, "1 1 places"]:
+    """What one is worth at each place of a byte."""
+    return jnp.asarray(base ** np.arange(count), jnp.uint8)[None, None]
 
 
 def plane_matmul(
@@ -58,7 +63,8 @@ def plane_matmul(
 ) -> Float[Array, "*batch out"]:
     """y[m, n] = sum_k x[m, k] (bias[n, b] + sum_p scales[p][n, b] B_p[k, n]).
 
-    ``kind`` is "binary" (B in {-1, +1}, one bit) or "ternary" ({-1, 0, 1}, two bits).
+    ``kind`` is "binary" (B in {-1, +1}, one bit), "ternary" ({-1, 0, 1}, two bits) or
+    "trits" (the same, five to a byte: 1.6 bits).
     With a bias this is extended binary coding, which holds uniform grids too (LUT-GEMM,
     arXiv:2206.09557, section 3); BitStack (arXiv:2410.23918) and trit-planes (PTQTP)
     have none. Input k is in block b = k / ``block`` (None: one block). Returns the

@@ -17,27 +17,16 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.mxu import NN, NT, TN, halves
 from pallas_kernels.quantized_matmul.tpu_inputs import activations, block_sums
 from pallas_kernels.quantized_matmul.tpu_planes import Groups, Plan, Reading, Tuning
 
 SUBLANES = 32  # of bytes
 VMEM = 40 * 2**20
-NT = (((1,), (1,)), ((), ()))  # contract the minor axes: x W^T
-NN = (((1,), (0,)), ((), ()))
-TN = (((0,), (0,)), ((), ()))
-
-
-def _halves(values) -> tuple[Array, ...]:
-    """bfloat16 terms whose sum is the values to 2^-17."""
-    high = values.astype(jnp.bfloat16)
-    if values.dtype == jnp.bfloat16:
-        return (high,)
-    wide = values.astype(jnp.float32)
-    return high, (wide - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
 def _dot(a, b, dimensions=NN):
@@ -46,7 +35,7 @@ def _dot(a, b, dimensions=NN):
 
 def _precise(a, b):
     """a b of float32 values in three bfloat16 products."""
-    (a0, a1), (b0, b1) = _halves(a), _halves(b)
+    (a0, a1), (b0, b1) = halves(a), halves(b)
     return _dot(a0, b0) + (_dot(a0, b1) + _dot(a1, b0))
 
 
@@ -61,7 +50,7 @@ def _spread(scale, plan: Plan, reading: Reading, start, count: int):
     byte = start + lax.broadcasted_iota(jnp.int32, shape, 1)
     block = lax.broadcasted_iota(jnp.int32, shape, 0)
     inside = (byte // plan.span(reading) == block).astype(jnp.bfloat16)
-    return sum(_dot(h, inside, TN) for h in _halves(scale)) * reading.multiplier
+    return sum(_dot(h, inside, TN) for h in halves(scale)) * reading.multiplier
 
 
 def _folded(x, plane_ref, scale, acc_ref, tile_ref, *, plan, reading, step):
@@ -89,7 +78,7 @@ def _scale_rows(scale, plan: Plan, reading: Reading, group: int, height: int, st
     block = jnp.minimum(byte // plan.span(reading), plan.blocks - 1)
     chosen = block == lax.broadcasted_iota(jnp.int32, shape, 1)
     chosen = chosen.astype(jnp.bfloat16)
-    return sum(_dot(chosen, h) for h in _halves(scale)) * reading.multiplier
+    return sum(_dot(chosen, h) for h in halves(scale)) * reading.multiplier
 
 
 def _split(x, plane_ref, scale, acc_ref, *, plan, reading, group, step):

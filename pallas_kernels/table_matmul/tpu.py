@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.mxu import NT, dot, ones_where
 from pallas_kernels.quantized_matmul.reference import parts
 from pallas_kernels.quantized_matmul.tpu_inputs import in_order
 from pallas_kernels.quantized_matmul.tpu_planes import (
@@ -112,7 +113,7 @@ def _kernel(x_ref, plane_ref, table_ref, y_ref, sum_ref, *, plan, reading):
             w = jnp.take_along_axis(table, index, axis=1, mode="promise_in_bounds")
             at = start * reading.phases + phase * lanes
             x = x_ref[:, at : at + lanes]
-            sum_ref[...] += _dot(x, w.astype(x.dtype), transposed=True)
+            sum_ref[...] += dot(x, w.astype(x.dtype), NT)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
@@ -136,13 +137,4 @@ def _filled(table, lanes: int):
         return table.astype(jnp.float32)
     place = lax.broadcasted_iota(jnp.int32, (width, lanes), 1)
     same = place == lax.broadcasted_iota(jnp.int32, (width, lanes), 0)
-    return _dot(table, same.astype(jnp.float32).astype(table.dtype))
-
-
-def _dot(a, b, transposed: bool = False):
-    """A float32 sum; float32 operands keep their precision."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    contract = (((1,), (1 if transposed else 0,)), ((), ()))
-    return lax.dot_general(
-        a, b, contract, precision=precision, preferred_element_type=jnp.float32
-    )
+    return dot(table, ones_where(same, table.dtype))

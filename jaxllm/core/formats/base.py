@@ -84,6 +84,13 @@ class Levels:
     def largest(self) -> float:
         return max(abs(v) for v in self.levels)
 
+    @property
+    def middle(self) -> int | None:
+        """The code of zero where the levels are consecutive integers, else None."""
+        low = int(self.levels[0])
+        whole = tuple(map(float, range(low, low + len(self.levels))))
+        return -low if whole == self.levels and low <= 0 else None
+
     def encode(self, u, zero=None):
         table = np.asarray(self.levels, np.float32)
         between = jnp.asarray((table[1:] + table[:-1]) / 2)
@@ -130,10 +137,14 @@ class Choice:
             codes = jnp.where(zero == i, table.encode(u), codes)
         return codes
 
-    def decode(self, codes, zero=None):
+    @property
+    def values(self) -> np.ndarray:
+        """All tables [tables, codes]; short ones repeat their last level."""
         fill = lambda v: v + v[-1:] * (self.codes - len(v))  # noqa: E731
-        values = np.asarray([fill(t.levels) for t in self.tables], np.float32)
-        return jnp.asarray(values)[jnp.asarray(zero).astype(jnp.int32), codes]
+        return np.asarray([fill(t.levels) for t in self.tables], np.float32)
+
+    def decode(self, codes, zero=None):
+        return jnp.asarray(self.values)[jnp.asarray(zero).astype(jnp.int32), codes]
 
     def __repr__(self) -> str:
         return self.name

@@ -15,6 +15,7 @@ from pallas_kernels import fall_back
 
 Solve = Callable[..., Any]
 Names = tuple[str | None, str | None]  # logical axes of [in, out]
+LEADING = "no kernel takes packed weights with leading axes"
 
 
 class Weight(abc.ABC):
@@ -41,7 +42,11 @@ class Weight(abc.ABC):
 
     def dot(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """x W in the dtype of x; a kernel where the type and the device have one."""
-        fall_back(type(self).__name__, "no kernel reads how it is stored")
+        return self.expanded(x, "no kernel reads how it is stored")
+
+    def expanded(self, x: Float[Array, "*batch in"], why: str):
+        """x W with the dense array; says ``why`` no kernel serves (``fall_back``)."""
+        fall_back(type(self).__name__, why)
         return x @ self.materialize().astype(x.dtype)
 
     def rows(self, ids: Int[Array, "*ids"]) -> Float[Array, "*ids in"]:

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, UInt8
 
 from jaxllm.core.arrays import Leaf, static
 from jaxllm.core.packing import pack, unpack
-from jaxllm.core.weights.base import Names, Weight
+from jaxllm.core.weights.base import LEADING, Names, Weight
+from pallas_kernels.table_matmul import op as table_matmul
 
 
 @jax.tree_util.register_dataclass
@@ -48,6 +49,12 @@ class Codebook(Weight):
         dense = jnp.take_along_axis(self.table, blocks.astype(jnp.int32), -1)
         dense = dense.reshape(*codes.shape[:-1], -1)[..., : self.features]
         return jnp.swapaxes(dense, -1, -2).astype(self.dtype)
+
+    def dot(self, x):
+        if self.table.ndim != 3:
+            return self.expanded(x, LEADING)
+        bits = _bits(self.table)
+        return table_matmul(x, self.planes, self.table, bits=bits, block=self.block)
 
     def axes(self, names: Names) -> Codebook:
         inner, outer = names

@@ -12,6 +12,10 @@ from jaxtyping import Array, Float
 from jaxllm.core.arrays import Leaf, static, to_rank
 from jaxllm.core.weights import base
 from jaxllm.core.weights.base import Names, Wrapper
+from pallas_kernels.gated_matmul import op as gated_matmul
+
+BLOCK = 128  # inputs that are read or left out together
+FEW = 256  # rows: of more some token reads every block
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +44,16 @@ class Gated(Wrapper):
         return jnp.where(top, x, jnp.zeros((), x.dtype))
 
     def dot(self, x):
-        return base.dot(self.gate(x), self.inner)
+        """Few rows of a plain array leave out the blocks that no token reads."""
+        passed, w = self.gate(x), self.inner
+        blocks, rest = divmod(x.shape[-1], BLOCK)
+        open_ = self.kept >= x.shape[-1]
+        plain = not base.compressed(w) and w.ndim == 2 and not rest
+        if open_ or not plain or x.size > FEW * x.shape[-1]:
+            return base.dot(passed, w)
+        used = (passed != 0).reshape(-1, blocks, BLOCK).any((0, 2))
+        order = jnp.argsort(~used, stable=True).astype(jnp.int32)
+        return gated_matmul(passed, w, order, used.sum(dtype=jnp.int32), block=BLOCK)
 
     def axes(self, names: Names) -> Gated:
         return dataclasses.replace(super().axes(names), gain=(names[0],))

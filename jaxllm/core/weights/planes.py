@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, UInt8
 
 from jaxllm.core.arrays import Leaf, static
 from jaxllm.core.packing import pack, pack_trits, unpack, unpack_trits
-from jaxllm.core.weights.base import Names, Weight
+from jaxllm.core.weights.base import LEADING, Names, Weight
+from pallas_kernels.plane_matmul import op as plane_matmul
 
 TERNARY = 3
 
@@ -64,6 +65,27 @@ class Planes(Weight):
         if self.block is None:
             return jnp.repeat(per_block, self.features, -1)
         return jnp.repeat(per_block, self.block, -1)[..., : self.features]
+
+    def dot(self, x):
+        digits = np.asarray(self.digits, np.float32)
+        step, middle = digits[-1] - digits[0], (digits[-1] + digits[0]) / 2
+        if self.alpha.ndim != 3:
+            return self.expanded(x, LEADING)
+        if len(digits) == TERNARY and digits[1] != middle:
+            return self.expanded(x, f"digits {self.digits} are not evenly spaced")
+        alpha = self.alpha.astype(jnp.float32)
+        bias = None if self.shift is None else self.shift.astype(jnp.float32)
+        if middle:  # digits are middle + step / 2 times -1, (0,) 1
+            own = alpha.sum(-1) * middle
+            bias = own if bias is None else bias + own
+        return plane_matmul(
+            x,
+            tuple(self.planes),
+            tuple(jnp.moveaxis(alpha * (step / 2), -1, 0)),
+            bias,
+            kind="trits" if len(digits) == TERNARY else "binary",
+            block=self.block,
+        )
 
     def axes(self, names: Names) -> Planes:
         inner, outer = names

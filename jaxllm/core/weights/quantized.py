@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from jaxllm.core.arrays import Leaf, static
-from jaxllm.core.formats import Format, Integer, Levels
+from jaxllm.core.formats import Choice, Format, Integer, Levels
 from jaxllm.core.packing import pack, unpack
-from jaxllm.core.weights.base import Names, Weight, materialize
+from jaxllm.core.weights.base import LEADING, Names, Weight, materialize
 from jaxllm.core.weights.products import code_product, splits_evenly
 from pallas_kernels.quantized_matmul import op as quantized_matmul
+from pallas_kernels.table_matmul import op as table_matmul
 
 
 @jax.tree_util.register_dataclass
@@ -72,17 +73,17 @@ class Quantized(Weight):
 
     def dot(self, x):
         form = self.format
-        plain = self.planes[0].ndim == 2 and self.stored is None
-        if not plain or not isinstance(form, (Integer, Levels)):
-            return super().dot(x)
-        out = self.planes[0].shape[-2]
-        scale, zero = self.scale, self.zero
-        narrow = isinstance(scale, Weight) or scale.dtype == jnp.float8_e8m0fnu
+        if self.planes[0].ndim != 2:
+            return self.expanded(x, LEADING)
+        if self.stored is not None:
+            return self.expanded(x, "codes of a sparse weight apart from their mask")
+        if isinstance(form, Choice):
+            table = self._tables(form).astype(x.dtype)
+            return table_matmul(x, self.planes, table, bits=form.bits, block=self.block)
         return quantized_matmul(
             x,
             self.planes,
-            _plain(scale, out) if narrow else scale,
-            _plain(zero, out) if isinstance(zero, Weight) else zero,
+            *self.stored_grid(),
             bits=form.bits,
             block=self.block,
             levels=form.levels if isinstance(form, Levels) else None,
@@ -90,11 +91,10 @@ class Quantized(Weight):
         )
 
     def takes_codes(self, block: int | None) -> bool:
-        form = self.format
-        symmetric = isinstance(form, Integer) and form.bits > 1 and self.zero is None
         plain = self.stored is None and not isinstance(self.scale, Weight)
-        even = block is None or splits_evenly(block, form.bits)
-        return symmetric and plain and block == self.block and even
+        centred = self.zero is None and _middle(self.format) is not None
+        even = block is None or splits_evenly(block, self.format.bits)
+        return centred and plain and block == self.block and even
 
     def dot_codes(self, codes, scale, out_dtype):
         return code_product(
@@ -103,10 +103,24 @@ class Quantized(Weight):
             scale,
             self.scale.astype(jnp.float32),
             bits=self.format.bits,
-            offset=int(self.format.offset),
+            offset=_middle(self.format),
             block=self.block,
             out_dtype=out_dtype,
         )
+
+    def _tables(self, form: Choice) -> Float[Array, "out blocks entries"]:
+        """The levels that each block has chosen, times its scale."""
+        out = self.planes[0].shape[-2]
+        scale, chosen = _plain(self.scale, out), _plain(self.zero, out)
+        levels = jnp.asarray(form.values)[chosen.astype(jnp.int32)]
+        return levels * scale[..., None]
+
+    def stored_grid(self):
+        """Scale and zero (or None) [out, blocks] as stored, where kernels read that."""
+        out, scale, zero = self.planes[0].shape[-2], self.scale, self.zero
+        narrow = isinstance(scale, Weight) or scale.dtype == jnp.float8_e8m0fnu
+        scale = _plain(scale, out) if narrow else scale
+        return scale, _plain(zero, out) if isinstance(zero, Weight) else zero
 
     def rows(self, ids: Int[Array, "*ids"]):
         pick = lambda leaf: jnp.take(leaf, ids, axis=-2, mode="clip")  # noqa: E731
@@ -144,3 +158,10 @@ def _spread(per_block, block: int | None, features: int):
     if block is None or per_block.shape[-1] == 1:
         return per_block
     return jnp.repeat(per_block, block, axis=-1)[..., :features]
+
+
+def _middle(format: Format) -> int | None:
+    """The code of zero where codes are integers about it, else None."""
+    if isinstance(format, Integer):
+        return None if format.bits == 1 else int(format.offset)
+    return format.middle if isinstance(format, Levels) else None

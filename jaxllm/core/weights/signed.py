@@ -10,7 +10,10 @@ from jaxtyping import Array, Float, UInt8
 
 from jaxllm.core.arrays import Leaf, static
 from jaxllm.core.packing import pack, unpack
-from jaxllm.core.weights.base import Names, Weight
+from jaxllm.core.weights.base import LEADING, Names, Weight
+from pallas_kernels.plane_matmul import op as plane_matmul
+
+FEW = 256  # rows of x times rank up to which products with signs win
 
 
 @jax.tree_util.register_dataclass
@@ -41,6 +44,19 @@ class Signed(Weight):
         wide = lambda x: x.astype(jnp.float32)  # noqa: E731
         size = wide(self.first) @ wide(self.second)
         return jnp.where(negative.astype(bool), -size, size).astype(self.dtype)
+
+    def dot(self, x):
+        """sum_r (x * first_r) signs * second_r: ``rank`` products, no dense array."""
+        if self.first.ndim != 2:
+            return self.expanded(x, LEADING)
+        (features, rank), tokens = self.first.shape, x.size // x.shape[-1]
+        if rank * tokens > FEW:
+            return self.expanded(x, f"{tokens} rows times rank {rank} exceed {FEW}")
+        one = jnp.ones((self.shape[1], 1), jnp.float32)
+        each = x.reshape(tokens, 1, features) * self.first.T.astype(x.dtype)[None]
+        sums = plane_matmul(each, (self.signs,), (-one,), kind="binary", block=None)
+        y = (sums * self.second.astype(x.dtype)[None]).sum(1)
+        return y.reshape(*x.shape[:-1], self.shape[1])
 
     def axes(self, names: Names) -> Signed:
         inner, outer = names

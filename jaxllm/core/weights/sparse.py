@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import jax
@@ -11,9 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, UInt8
 
 from jaxllm.core.arrays import Leaf, static
+from jaxllm.core.formats import Integer
 from jaxllm.core.packing import pack, unpack
-from jaxllm.core.weights.base import Names, Weight
+from jaxllm.core.weights.base import LEADING, Names, Weight
 from jaxllm.core.weights.quantized import Quantized
+from pallas_kernels.nm_matmul import op as nm_matmul
 
 
 @jax.tree_util.register_dataclass
@@ -37,11 +40,14 @@ class Sparse(Weight):
         """Keep the entries of ``dense`` [in, out] in ``support``.
 
         ``kept`` counts them per output row, or in the whole matrix when ``pattern``
-        is ``mask``; entries beyond it would be lost, missing ones are padded.
+        is ``mask``; entries beyond it would be lost, missing ones are padded. A group
+        of an ``n:m`` pattern that keeps fewer than n stores zeros for the rest.
         """
         flags = jnp.swapaxes(support, -1, -2)
-        values = jnp.swapaxes(dense, -1, -2)
+        values = jnp.where(flags, jnp.swapaxes(dense, -1, -2), 0)
         features = flags.shape[-1]
+        if groups := _groups(pattern):
+            flags = _filled(flags, *groups)
         (mask,) = pack(flags.astype(jnp.uint8), 1)
         whole = pattern == "mask"
         kept_values = _compress(_lines(values, whole), _lines(flags, whole), kept)
@@ -53,7 +59,11 @@ class Sparse(Weight):
 
     @property
     def support(self) -> Bool[Array, "*lead in out"]:
-        return jnp.swapaxes(self._flags(), -1, -2)
+        """Where the entries are; zeros that only fill a group are outside."""
+        flags = self._flags()
+        if _groups(self.pattern) and not isinstance(self.values, Quantized):
+            flags &= _expand(self.values, flags) != 0
+        return jnp.swapaxes(flags, -1, -2)
 
     def _flags(self):
         return unpack((self.mask,), 1, self.features).astype(bool)
@@ -70,6 +80,29 @@ class Sparse(Weight):
         dense = self.values.decode(dense) if packed else dense
         dense = jnp.where(flags, dense, 0)
         return jnp.swapaxes(dense, -1, -2).astype(self.dtype)
+
+    def dot(self, x):
+        groups, values = _groups(self.pattern), self.values
+        if reason := self._unreadable(groups):
+            return self.expanded(x, reason)
+        n, m = groups
+        if not isinstance(values, Quantized):
+            return nm_matmul(x, self.mask, values, n=n, m=m)
+        stored = dict(n=n, m=m, bits=values.format.bits, block=values.block)
+        return nm_matmul(x, self.mask, values.planes, *values.stored_grid(), **stored)
+
+    def _unreadable(self, groups) -> str | None:
+        """Why ``nm_matmul`` cannot read this weight."""
+        values = self.values
+        if groups is None:
+            return f"kept entries of pattern {self.pattern!r} are not in groups"
+        if self.mask.ndim != 2:
+            return LEADING
+        if not isinstance(values, Quantized):
+            return None
+        grid = values.format
+        usual = isinstance(grid, Integer) and grid.bits > 1
+        return None if usual else f"kept entries as codes of {grid}"
 
     def refine(self, solve, stats, support=None):
         """Solve the values on this mask; a quantized result keeps only its codes."""
@@ -101,6 +134,20 @@ class Sparse(Weight):
         else:
             values = line
         return dataclasses.replace(self, mask=mask, values=values)
+
+
+def _groups(pattern: str) -> tuple[int, int] | None:
+    """(n, m) of an ``n:m`` pattern that leaves something out."""
+    found = re.fullmatch(r"(\d+):(\d+)", pattern)
+    n, m = map(int, found.groups()) if found else (0, 0)
+    return (n, m) if 0 < n < m else None
+
+
+def _filled(flags, n: int, m: int):
+    """Exactly n of every m inputs: those flagged come first, then the first others."""
+    grouped = flags.reshape(*flags.shape[:-1], -1, m)
+    order = jnp.argsort(~grouped, axis=-1, stable=True)
+    return (jnp.argsort(order, axis=-1) < n).reshape(flags.shape)
 
 
 def _lines(rows, whole: bool):
