@@ -20,6 +20,8 @@ from jaxllm.core.formats import (
     searched_float,
     shifts,
 )
+from jaxllm.core.incoherence import incoherent, lattice
+from jaxllm.core.lattice import nearest_code, points, shortest
 from jaxllm.core.metrics import Metric, asymmetric, gram, identity, pivots
 from jaxllm.core.mixtures import AcrossOutputs, mixed_blocks
 from jaxllm.core.packing import pack_trits, unpack_trits
@@ -319,3 +321,73 @@ def test_lossless_refuses_what_is_no_bfloat16(builtin):
 def test_wrong_arguments_are_refused(text, needle):
     with pytest.raises((TypeError, ValueError), match=needle):
         methods.parse(text)
+
+
+def test_e8p_is_the_shifted_lattice_and_its_search_is_exact():
+    """2^16 distinct points of E8 + 1/4; the nearest one as by looking at them all."""
+    every = np.asarray(points(jnp.arange(2**16, dtype=jnp.uint16)))
+    assert len(np.unique(every, axis=0)) == 2**16
+    moved = every - 0.25
+    whole = (moved == np.round(moved)).all(1)
+    half = (moved - 0.5 == np.round(moved - 0.5)).all(1)
+    assert (whole | half).all() and (moved.sum(1) % 2 == 0).all()
+    assert whole.sum() == half.sum() == 2**15
+    x = np.array(1.2 * jax.random.normal(jax.random.key(0), (50, 8)))
+    for table, bits in ((every, 16), (shortest(), 8)):
+        found = np.asarray(points(nearest_code(jnp.asarray(x), bits)))
+        far = ((x[:, None] - table[None]) ** 2).sum(-1).min(1)
+        np.testing.assert_allclose(((x - found) ** 2).sum(1), far, atol=1e-5)
+    np.testing.assert_array_equal(
+        nearest_code(jnp.asarray(every), 16), np.arange(2**16)
+    )
+
+
+def test_e8p_rounds_gaussian_numbers_as_well_as_its_paper_says():
+    """An error of 0.089 per number (QuIP#, figure 3); two bits each give 0.119."""
+    x = jax.random.normal(jax.random.key(1), (4000, 8))
+    error = (x - points(nearest_code(1.03 * x)) / 1.03) ** 2
+    assert 0.086 < float(error.mean()) < 0.092
+
+
+def test_each_stage_of_the_lattice_halves_the_error(layer):
+    w, x, _ = layer
+    stats = statistics(x)
+    made = [lattice(bits)(w, stats) for bits in (2, 3, 4)]
+    losses = [loss(w, m, x) for m in made]
+    assert losses[1] < 0.5 * losses[0] and losses[2] < 0.4 * losses[1]
+    sizes = [weights.nbytes(m) - 4 * len(m.codes) for m in made]
+    assert sizes == [ROWS * OUT * bits // 8 for bits in (2, 3, 4)]
+
+
+def test_vectors_are_rounded_where_the_former_errors_put_them(layer):
+    """LDLQ by its definition: nearest to the best value given all earlier vectors."""
+    w, x, _ = layer
+    stats = statistics(x)
+    made = lattice(2)(w, stats)
+    h = np.float64(gram()(stats, ROWS).full())
+    error = np.float64(made.materialize()) - np.float64(w)
+    for low in range(0, ROWS, 8):
+        pull = np.linalg.solve(h[low:, low:], h[low:, :low] @ error[:low])[:8]
+        wanted = np.float64(w)[low : low + 8] - pull
+        scaled = jnp.asarray((wanted / float(made.scale[0])).T, jnp.float32)
+        codes = np.asarray(nearest_code(scaled))
+        assert (codes == np.asarray(made.codes[0])[:, low // 8]).mean() > 0.9
+
+
+def test_incoherence_flattens_what_stands_out(layer):
+    """The outer transforms undo each other exactly; the largest entry comes down."""
+    w, x, _ = layer
+    spiked = w.at[3, 5].set(40.0)
+    stats, seen = Stats.of(("gram",), x), {}
+
+    def keep(inside, stats, key):
+        seen["w"], seen["stats"] = inside, stats
+        return inside
+
+    made = incoherent(keep)(spiked, stats, jax.random.key(3))
+    np.testing.assert_allclose(made.materialize(), spiked, atol=1e-4)
+    peak = lambda a: float(jnp.abs(a).max() / jnp.sqrt((a**2).mean()))  # noqa: E731
+    assert peak(seen["w"]) < 0.5 * peak(spiked)
+    turned = (seen["w"] * (seen["stats"].gram.mean @ seen["w"])).sum()
+    plain = (spiked * (stats.gram.mean @ spiked)).sum()
+    np.testing.assert_allclose(turned, plain, rtol=1e-3)

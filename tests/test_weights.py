@@ -19,6 +19,7 @@ from jaxllm.core.formats import (
     searched_float,
 )
 from jaxllm.core.hadamard import hadamard, hadamard_matrix, hadamard_transform
+from jaxllm.core.incoherence import incoherent, lattice
 from jaxllm.core.metrics import identity
 from jaxllm.core.mixtures import AcrossOutputs, mixed_blocks
 from jaxllm.core.packing import pack, packed_bytes, unpack
@@ -102,6 +103,8 @@ TYPES = {
     ),
     "ternary planes": lambda: nearest(DigitPlanes(2, (-1.0, 0.0, 1.0)))(dense(), None),
     "vectors": lambda: vectors(3, 4, 2, identity(), 5, False)(dense(), None),
+    "lattice": lambda: lattice(3, identity())(dense(), None),
+    "turned on both sides": lambda: incoherent(lattice(2, identity()))(dense(), None),
     "signed magnitudes": lambda: signed_stack(1, 4, identity())(dense(), None).terms[0],
     "across outputs": lambda: nearest(AcrossOutputs(Grid(Integer(4), 8)))(
         dense(), None

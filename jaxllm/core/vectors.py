@@ -40,16 +40,13 @@ def vectors(
         cost = cost / cost.mean() + 1e-6
         key = jax.random.key(0) if key is None else key
         tables = _codebooks(_cut(dense, length), cost, (stages, bits, steps), key)
+        assign = lambda i, rows: _assigned(rows, tables, cost[i])  # noqa: E731
         if compensate:
-            u = upper_factor(found.full())
-            u = jnp.pad(u, ((0, short), (0, short)))
-            u = u + jnp.diag((jnp.arange(len(u)) >= len(w)).astype(u.dtype))
-            codes = _swept(dense, u, tables, cost)
+            codes = sweep_vectors(dense, upper_factor(found.full()), length, assign)
         else:
-            codes = jax.vmap(_assigned, (0, None, 0), 1)(
-                _cut(dense, length), tables, cost
-            )[0]
-        codes = jnp.swapaxes(codes, 1, 2).astype(jnp.uint8)
+            each = jnp.arange(len(cost))
+            codes = jax.vmap(assign)(each, _cut(dense, length))[0]
+        codes = jnp.moveaxis(codes, 0, -1).astype(jnp.uint8)
         stored = tables.astype(jnp.bfloat16)
         return Vectors.encode(codes, stored, bits, len(w), w.dtype)
 
@@ -72,6 +69,18 @@ def _codebooks(points, cost, plan, key):
         tables.append(table)
         rest = rest - table[_nearest(rest, table, weight)]
     return jnp.stack(tables)
+
+
+def start_tables(w, cost, plan, key):
+    """Tables for ``w`` [in, out] by residual k-means, and codes [vectors, out, stage].
+
+    ``cost`` [vectors, length] weighs the coordinates; ``plan`` is (stages, bits,
+    steps).
+    """
+    points = _cut(w, cost.shape[1])
+    tables = _codebooks(points, cost, plan, key)
+    codes = jax.vmap(_assigned, (0, None, 0))(points, tables, cost)[0]
+    return tables, jnp.swapaxes(codes, 1, 2)
 
 
 def _lloyd(points, weight, count: int, steps: int, key):
@@ -106,21 +115,30 @@ def _assigned(points, tables, cost):
     return jnp.stack(codes), points - rest
 
 
-def _swept(w, u, tables, cost):
-    """Codes [stage, vectors, out]; later inputs absorb each group's error."""
-    length = tables.shape[-1]
-    count, out = len(w) // length, w.shape[1]
+def sweep_vectors(w, u, length: int, assign):
+    """Codes of all vectors [vectors, ...]; later inputs absorb each one's error.
+
+    ``assign(i, rows)`` gives codes and values [out, length] of vector i. With U of
+    ``upper_factor``, W_rest -= U_b,restT U_bb^-T (W_b - Q_b): LDLQ in blocks. ``w``
+    has whole vectors; inputs beyond those of ``u`` only fill the last.
+    """
+    short = len(w) - len(u)
+    filling = jnp.where(jnp.arange(len(w)) < len(u), 0.0, 1.0)
+    u = jnp.pad(u, ((0, short), (0, short))) + jnp.diag(filling)
 
     def one(i, state):
         w, codes = state
         start = i * length
         here = jax.lax.dynamic_slice_in_dim(w, start, length, 0)
-        found, q = _assigned(here.T, tables, cost[i])
+        found, q = assign(i, here.T)
         rows = jax.lax.dynamic_slice_in_dim(u, start, length, 0)
         own = jax.lax.dynamic_slice_in_dim(rows, start, length, 1)
         error = jax.scipy.linalg.solve_triangular(own, here - q.T, trans="T")
         later = jnp.where((jnp.arange(len(w)) >= start + length)[None], rows, 0.0)
-        return w - later.T @ error, codes.at[:, i].set(found.astype(jnp.uint8))
+        store = lambda all_, new: all_.at[i].set(new)  # noqa: E731
+        return w - later.T @ error, jax.tree.map(store, codes, found)
 
-    blank = jnp.zeros((len(tables), count, out), jnp.uint8)
+    count = len(w) // length
+    shapes = jax.eval_shape(assign, 0, w[:length].T)[0]
+    blank = jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), shapes)
     return jax.lax.fori_loop(0, count, one, (w, blank))[1]

@@ -17,6 +17,7 @@ from jaxllm.core import (
     equivalences,
     exempt,
     gates,
+    incoherence,
     latency,
     masks,
     metrics,
@@ -42,6 +43,7 @@ from jaxllm.core import (
 from jaxllm.core.formats import activation, base, tables
 
 MODULES: tuple[ModuleType, ...] = (
+    incoherence,
     allocate,
     channel_scales,
     codebooks,

@@ -20,6 +20,7 @@ from jaxllm.core.weights.base import (
 from jaxllm.core.weights.codebook import Codebook
 from jaxllm.core.weights.entropy import EntropyCoded
 from jaxllm.core.weights.gated import Gated
+from jaxllm.core.weights.lattice import Lattice
 from jaxllm.core.weights.lowrank import LowRank, Sum, Trainable, merge
 from jaxllm.core.weights.mpo import MPO
 from jaxllm.core.weights.planes import Planes
@@ -29,8 +30,10 @@ from jaxllm.core.weights.scattered import Scattered
 from jaxllm.core.weights.signed import Signed
 from jaxllm.core.weights.sparse import Sparse
 from jaxllm.core.weights.transformed import (
+    Flip,
     Hadamard,
     Orthogonal,
+    OutputTransformed,
     PerHead,
     Permutation,
     Scale,
@@ -44,10 +47,13 @@ __all__ = [
     "ActivationQuantized",
     "Codebook",
     "EntropyCoded",
+    "Flip",
     "Gated",
     "Hadamard",
+    "Lattice",
     "LowRank",
     "Orthogonal",
+    "OutputTransformed",
     "PerHead",
     "Permutation",
     "Planes",

@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from jaxllm.core.arrays import Leaf, static, to_rank
 from jaxllm.core.hadamard import hadamard_matrix, hadamard_transform
+from jaxllm.core.packing import pack, unpack
 from jaxllm.core.weights import base
 from jaxllm.core.weights.base import Names, Wrapper
 
@@ -35,6 +36,31 @@ class Scale:
 
     def axes(self, name: str | None) -> Scale:
         return Scale((name,))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Flip:
+    """x * (1 or -1) per channel: signs of ``width`` channels, a bit each."""
+
+    bits: Leaf[UInt8[Array, "*lead bytes"]]
+    width: int = static()
+    diagonal = True
+
+    @classmethod
+    def random(cls, key: jax.Array, width: int) -> Flip:
+        flags = jax.random.bernoulli(key, shape=(width,)).astype(jnp.uint8)
+        return cls(pack(flags, 1)[0], width)
+
+    def apply(self, x):
+        signs = 1 - 2 * unpack((self.bits,), 1, self.width).astype(x.dtype)
+        return x * to_rank(signs, x.ndim)
+
+    def inverse(self, x):
+        return self.apply(x)
+
+    def axes(self, name: str | None) -> Flip:
+        return dataclasses.replace(self, bits=(None,))
 
 
 @jax.tree_util.register_dataclass
@@ -165,3 +191,34 @@ class Transformed(Wrapper):
 
     def axes(self, names: Names) -> Transformed:
         return Transformed(self.op.axes(names[0]), base.axes(self.inner, names))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OutputTransformed(Wrapper):
+    """y = op(x W'): the output goes through ``op`` at run time."""
+
+    op: Any
+    inner: Any
+
+    def materialize(self):
+        """Each row of W' through ``op``."""
+        dense = base.materialize(self.inner)
+        apply = lambda op, w: op.apply(w)  # noqa: E731
+        for _ in dense.shape[:-2]:
+            apply = jax.vmap(apply)
+        return apply(self.op, dense)
+
+    def dot(self, x):
+        return self.op.apply(base.dot(x, self.inner))
+
+    def refine(self, solve, stats, support=None):
+        if support is not None:
+            raise TypeError(
+                "a sparse support does not pass through an online transform"
+            )
+        return super().refine(solve, stats, None)
+
+    def axes(self, names: Names) -> OutputTransformed:
+        op = self.op.axes(names[1])
+        return OutputTransformed(op, base.axes(self.inner, names))
