@@ -68,3 +68,12 @@ def builtin():
     from jaxllm.models import hub
 
     return hub.load_builtin()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_leave_with_their_module():
+    """Each file compiles hundreds of programs that no other file runs: gigabytes."""
+    yield
+    import jax
+
+    jax.clear_caches()
