@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
@@ -51,6 +51,25 @@ def assert_near(got, want, tolerance):
         assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e}"
 
 
+def integers(tree):
+    """The integer leaves; a byte that packs two codes of four bits counts as both."""
+    found = []
+    for leaf in jax.tree.leaves(tree):
+        if leaf.dtype == jnp.uint8:
+            found.append(np.stack((leaf & 15, leaf >> 4)).astype(int))
+        elif jnp.issubdtype(leaf.dtype, jnp.integer):
+            found.append(np.asarray(leaf, int))
+    return found
+
+
+def assert_same_codes(got, want, share=0.01):
+    """Codes are equal, but for a small share that rounds a tie the other way."""
+    for a, b in zip(integers(got), integers(want), strict=True):
+        gap = np.abs(a - b)
+        assert gap.max(initial=0) <= 1
+        assert (gap > 0).mean() <= share
+
+
 def served(op, platform, case, args):
     """The kernel in the interpreter; a case that it refuses is skipped, by reason."""
     interpret = platform != "cpu"
@@ -67,6 +86,7 @@ def test_values(op, platform, case):
     got = served(op, platform, case, args)
     want = op.reference(*wide(args), **case.options)
     assert_near(got, want, case.tolerance)
+    assert_same_codes(got, want)
     same = jax.tree.map(lambda a: a.dtype, op.reference(*args, **case.options))
     assert jax.tree.map(lambda a: a.dtype, got) == same
 
@@ -122,10 +142,17 @@ def compiled(platform, target, *options):
     return records
 
 
-@pytest.mark.parametrize("topology", aot.TOPOLOGIES)
-def test_tpu_compiler_accepts_every_kernel(topology):
+def topologies():
+    """(topology, cases of each op): a few everywhere; all of them are a slow test."""
+    for i, topology in enumerate(aot.TOPOLOGIES):
+        yield pytest.param(topology, ("--sample", "1" if i else "3"), id=topology)
+        yield pytest.param(topology, (), id=f"{topology}-all", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("topology, cases", topologies())
+def test_tpu_compiler_accepts_every_kernel(topology, cases):
     pytest.importorskip("libtpu", reason="libtpu is not installed (extra tpu-aot)")
-    records = compiled("tpu", topology, "--sample", "3")
+    records = compiled("tpu", topology, *cases)
     failed = [r for r in records if r["status"] == "failed"]
     assert not failed, json.dumps(failed, indent=1)
     assert any(r["status"] == "compiled" for r in records)
@@ -243,3 +270,75 @@ class TestSharded:
         specs = (heads, cache, cache, P())
         got = sharded(op, "tpu", args, {}, specs, heads)
         assert_near(got, op.reference(*args), 1e-2)
+
+
+def on_mesh(run, args, specs):
+    """``run`` compiled for arguments that lie on a mesh of 2 x 4, and its result."""
+    axes = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=axes)
+    place = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))  # noqa: E731
+    placed = jax.tree.map(place, args, specs)
+    with pallas_kernels.backend("tpu", interpret=True):
+        compiled = jax.jit(run).lower(*placed).compile()
+    return compiled(*placed), compiled.as_text()
+
+
+class TestMesh:
+    """Called on a mesh, ops divide their arguments by themselves."""
+
+    def test_column_then_row_parallel_weights(self):
+        """No weight moves; only partial sums of the second map are added up."""
+        op, keys = OPS["quantized_matmul"], jax.random.split(jax.random.key(5), 5)
+        x = jax.random.normal(keys[0], (4, 256))
+        up = jax.random.bits(keys[1], (1024, 128), jnp.uint8)
+        down = jax.random.bits(keys[2], (256, 512), jnp.uint8)
+        s_up = jax.random.uniform(keys[3], (1024, 4))
+        s_down = jax.random.uniform(keys[4], (256, 16))
+
+        def run(x, up, s_up, down, s_down):
+            hidden = op(x, (up,), s_up, bits=4, block=64)
+            return op(jnp.tanh(hidden), (down,), s_down, bits=4, block=64)
+
+        args = x, up, s_up, down, s_down
+        columns, rows = P("tensor", None), P(None, "tensor")
+        specs = P("data", None), columns, columns, rows, rows
+        got, program = on_mesh(run, args, specs)
+        assert_near(got, run(*args), 1e-2)
+        assert "all-reduce" in program
+        assert "all-gather" not in program
+
+    def test_trits_divide_between_outputs_alone(self):
+        op, keys = OPS["plane_matmul"], jax.random.split(jax.random.key(6), 3)
+        x = jax.random.normal(keys[0], (2, 100))
+        plane = jax.random.randint(keys[1], (128, 20), 0, 243).astype(jnp.uint8)
+        scale = jax.random.uniform(keys[2], (128, 1))
+        run = lambda x, p, s: op(x, (p,), (s,), kind="trits", block=None)  # noqa: E731
+        rows = P(None, "tensor")
+        got, _ = on_mesh(run, (x, plane, scale), (P(), P("tensor", None), P()))
+        assert_near(got, run(x, plane, scale), 1e-2)
+        got, _ = on_mesh(run, (x, plane, scale), (rows, rows, P()))
+        assert_near(got, run(x, plane, scale), 1e-2)
+
+    def test_heads_of_attention_and_their_gradients(self):
+        op, keys = OPS["flash_attention"], jax.random.split(jax.random.key(7), 3)
+        q = jax.random.normal(keys[0], (2, 128, 8, 64))
+        k, v = (jax.random.normal(key, (2, 128, 4, 64)) for key in keys[1:])
+
+        def run(q, k, v):
+            return jax.value_and_grad(lambda *a: jnp.sin(op(*a)).sum(), (0, 1, 2))(
+                q, k, v
+            )
+
+        heads = (P("data", None, "tensor", None),) * 3
+        got, program = on_mesh(run, (q, k, v), heads)
+        assert_near(got, run(q, k, v), 2e-2)
+        assert "all-gather" not in program
+
+    def test_a_mapped_axis_stays_on_each_device(self):
+        op, keys = OPS["quantized_matmul"], jax.random.split(jax.random.key(8), 3)
+        x = jax.random.normal(keys[0], (3, 2, 256))
+        plane = jax.random.bits(keys[1], (64, 128), jnp.uint8)
+        scale = jax.random.uniform(keys[2], (64, 1))
+        run = lambda x: op(x, (plane,), scale, bits=4, block=None)  # noqa: E731
+        with pallas_kernels.backend("tpu", interpret=True):
+            assert_near(jax.vmap(run)(x), run(x), 1e-5)
