@@ -14,18 +14,23 @@ from jaxllm.core.codebooks import Centroids, DigitPlanes
 from jaxllm.core.formats import (
     ActivationFormat,
     Integer,
+    MixedActivation,
+    balanced,
     float_format,
     normal_float,
     searched_float,
 )
 from jaxllm.core.hadamard import hadamard, hadamard_matrix, hadamard_transform
 from jaxllm.core.incoherence import incoherent, lattice
-from jaxllm.core.metrics import identity
+from jaxllm.core.metrics import gram, identity
 from jaxllm.core.mixtures import AcrossOutputs, mixed_blocks
+from jaxllm.core.ordering import by_range
 from jaxllm.core.packing import pack, packed_bytes, unpack
 from jaxllm.core.patterns import Pattern
+from jaxllm.core.reassembly import reassembled
 from jaxllm.core.scales import Grid, absmax, best_table
-from jaxllm.core.solvers import nearest
+from jaxllm.core.solvers import nearest, obs
+from jaxllm.core.spec import expression
 from jaxllm.core.splits import outliers
 from jaxllm.core.stacks import signed_stack
 from jaxllm.core.stats import Stats
@@ -40,6 +45,7 @@ from jaxllm.core.weights import (
     LowRank,
     Orthogonal,
     Permutation,
+    Reassembly,
     Scale,
     Sum,
     Trainable,
@@ -65,6 +71,15 @@ def gptq_on_zeros(sparse):
     grid = nearest(Grid(Integer(4), 8))
     solve = lambda w, stats, support: grid(w, stats, None, support)  # noqa: E731
     return sparse.refine(solve, None)
+
+
+def split_and_merged() -> Reassembly:
+    """Channel 0 in three parts; 1 and 2, 3 and 4 merged."""
+    first = np.r_[0, 0, 0, 1, 3, 5:ROWS].astype(np.uint8)
+    second = np.r_[0, 0, 0, 2, 4, 5:ROWS].astype(np.uint8)
+    parts = np.ones(ROWS, np.uint8)
+    parts[:3] = 3
+    return Reassembly(*map(jnp.asarray, (first, second, parts)))
 
 
 TYPES = {
@@ -124,12 +139,21 @@ TYPES = {
     "w4a8 in groups": lambda: ActivationQuantized(
         rounded(Integer(4, True), 16), ActivationFormat(8, block=16)
     ),
+    "w4ax": lambda: ActivationQuantized(
+        rounded(Integer(4, True), 16), MixedActivation(7, block=16, share=0.3)
+    ),
+    "w2a8 balanced": lambda: ActivationQuantized(
+        rounded(balanced(2), None), ActivationFormat(8)
+    ),
+    "reassembled": lambda: Transformed(split_and_merged(), dense()),
     "two levels": lambda: dual_grained(4, 16, metric=identity())(dense(), None),
     "w4a8 two levels": lambda: ActivationQuantized(
         TYPES["two levels"](), ActivationFormat(8)
     ),
 }
-INTEGER_PRODUCTS = ("w8a8", "w4a8 in groups", "w4a8 two levels")
+INTEGER_PRODUCTS = (
+    "w8a8", "w4a8 in groups", "w4a8 two levels", "w4ax", "w2a8 balanced"
+)  # fmt: skip
 ROUNDS_INPUT = {"w4a8", *INTEGER_PRODUCTS}
 
 
@@ -265,6 +289,48 @@ def test_two_levels_fit_into_int8_and_searching_them_pays():
     assert np.abs(exact).max() > 100
     assert (loss(w) <= loss(solve(20, 1)) * 1.00001).all()
     assert loss(w).sum() < 0.97 * loss(solve(1, 1)).sum()
+
+
+@pytest.mark.parametrize("share, wide", ((0, 0), (0.01, 8), (0.5, 16), (1, 20)))
+def test_the_first_blocks_of_mixed_activations_are_wide(share, wide):
+    format = MixedActivation(3, block=8, wide=6, share=share)
+    x = dense(19, (5, 20))
+    assert format.channels(20) == wide
+    parts = ((6, x[:, :wide]), (3, x[:, wide:]))
+    each = [ActivationFormat(b, block=8).round(p) for b, p in parts if p.size]
+    np.testing.assert_array_equal(format.round(x), jnp.concatenate(each, -1))
+    with pytest.raises(TypeError, match="cannot be stored"):
+        format.encode(x)
+
+
+def test_sorted_inputs_carry_their_statistics_along():
+    """Outliers come first; the sweep sees the Gram matrix of the new order."""
+    x = dense(20, (99, ROWS)).at[:, 7].mul(50).at[:, 30].mul(20)
+    stats = Stats.of(("gram", "absmax"), x)
+    solve = obs(Grid(Integer(3), 16), gram())
+    w = by_range(solve)(dense(), stats)
+    assert list(w.op.order[:2]) == [7, 30]
+    order = np.argsort(-np.abs(x).max(0), kind="stable")
+    expected = solve(dense()[order], Stats.of(("gram",), x[:, order])).materialize()
+    np.testing.assert_allclose(w.inner.materialize(), expected, atol=1e-5)
+
+
+def test_reassembly_splits_outliers_and_keeps_what_it_can():
+    """A split alone is exact; the pair merged for it is the most alike one."""
+    x = dense(21, (200, 16)).at[:, 5].mul(3.0)
+    w = dense(22, (16, 6))
+    x, w = x.at[:, 9].set(x[:, 2] * 1.001), w.at[9].set(w[2] * 1.001)
+    stats = Stats.of(("gram", "absmax"), x)
+    exact = expression(lambda: lambda w, stats, key=None, support=None: w)()
+    made = reassembled(exact, ActivationFormat(4), 0.1)(w, stats)
+    first, second, parts = (np.asarray(v) for v in jax.tree.leaves(made.op))
+    assert (parts[first == 5] == 2).all() and (first == 5).sum() == 2
+    assert {(2, 9), (9, 2)} & {*zip(first, second, strict=True)}
+    assert len(first) == 16 and (parts > 1).sum() == 2
+    np.testing.assert_allclose(
+        made.op.apply(x) @ made.inner.inner, x @ w, atol=1e-3 * jnp.abs(x @ w).max()
+    )
+    assert jnp.abs(made.op.apply(x)).max() < 0.7 * jnp.abs(x).max()
 
 
 def test_a_short_last_block_of_activations_is_a_block_of_its_own():

@@ -2,7 +2,9 @@
 
 from jaxllm.core.formats.activation import ActivationFormat, Encoded
 from jaxllm.core.formats.base import TINY, Choice, Format, Integer, Levels
+from jaxllm.core.formats.mixed import MixedActivation
 from jaxllm.core.formats.tables import (
+    balanced,
     bipolar,
     extended_float,
     float_format,
@@ -23,6 +25,8 @@ __all__ = [
     "Format",
     "Integer",
     "Levels",
+    "MixedActivation",
+    "balanced",
     "bipolar",
     "extended_float",
     "float_format",

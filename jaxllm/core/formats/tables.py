@@ -56,6 +56,19 @@ def bipolar(bits: int) -> Levels:
     return Levels(f"bipolar{bits}", tuple(map(float, range(-top, top + 1, 2))))
 
 
+def balanced(bits: int) -> Levels:
+    """-2^(b-1) .. 2^(b-1): one integer more, so that both signs reach as far.
+
+    The bit balance of ABQ-LLM (arXiv:2408.08554, section 3.3): {-2, -1, 0, 1, 2} for
+    two bits. The odd count takes a plane of bits more.
+    """
+    _check_bits(bits, 1)
+    if bits > 7:
+        raise ValueError(f"balanced levels of {bits} bits; accepted: 1 to 7")
+    top = 2 ** (bits - 1)
+    return Levels(f"balanced{bits}", tuple(map(float, range(-top, top + 1))))
+
+
 def shifts(bits: int) -> Levels:
     """Zero and +-2^-k, k = 0 .. 2^(bits-1) - 2: products with them are shifts."""
     _check_bits(bits, 2)
@@ -111,7 +124,12 @@ def _check_bits(bits, least: int) -> None:
 
 
 _NUMBERED: dict[str, Callable[[int], Format]] = dict(
-    int=Integer, nf=normal_float, bipolar=bipolar, pot=shifts, xfp=extended_float
+    int=Integer,
+    nf=normal_float,
+    bipolar=bipolar,
+    balanced=balanced,
+    pot=shifts,
+    xfp=extended_float,
 )
 _NAMED = dict(fp8="e4m3", fp4="e2m1", fp6="e3m2", fp3="e2m0")
 
@@ -134,5 +152,6 @@ def parse_format(name: str | Format) -> Format:
         "int1..8, sint1..8, nf2..8, eXmY, fp3, fp4, fp6, fp8, ternary, bipolar1..8"
     )
     raise ValueError(
-        f"number format {name!r}; accepted: {accepted}, pot2..8, xfp3, xfp4"
+        f"number format {name!r}; accepted: {accepted}, balanced1..7, pot2..8, xfp3, "
+        "xfp4"
     )

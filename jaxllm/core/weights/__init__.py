@@ -25,6 +25,7 @@ from jaxllm.core.weights.lowrank import LowRank, Sum, Trainable, merge
 from jaxllm.core.weights.mpo import MPO
 from jaxllm.core.weights.planes import Planes
 from jaxllm.core.weights.quantized import Quantized
+from jaxllm.core.weights.reassembly import Reassembly
 from jaxllm.core.weights.rowgroups import RowGroups, Transposed
 from jaxllm.core.weights.scattered import Scattered
 from jaxllm.core.weights.signed import Signed
@@ -58,6 +59,7 @@ __all__ = [
     "Permutation",
     "Planes",
     "Quantized",
+    "Reassembly",
     "RowGroups",
     "Scale",
     "Scattered",
