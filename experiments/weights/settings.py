@@ -96,15 +96,16 @@ def claimed() -> dict[str, tuple[str, ...]]:
 def plan(models: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """(model, spec) of all rows, what matters most first.
 
-    Empty specs are the models as they are. Claims where they are made, then the same
-    on the other models, then the standard sizes.
+    Empty specs are the models as they are. Claims come before the standard sizes;
+    models of equal shapes follow each other, since they share compiled programs.
     """
     made = claimed()
-    every = tuple(dict.fromkeys(s for specs in made.values() for s in specs))
-    standard = tuple(
-        dict.fromkeys(canonical(s) for e in entries().values() for s in sizes(e))
-    )
+    every = dict.fromkeys(s for specs in made.values() for s in specs)
+    standard = dict.fromkeys(canonical(s) for e in entries().values() for s in sizes(e))
+    small = [model for model in models if model != "builtin"]
+    large = [model for model in models if model == "builtin"]
     rows = [(model, "") for model in models]
-    for specs in (made, dict.fromkeys(models, every), dict.fromkeys(models, standard)):
-        rows += [(model, spec) for model in models for spec in specs.get(model, ())]
+    for specs in (every, standard):
+        rows += [(model, spec) for spec in specs for model in small]
+        rows += [(model, spec) for model in large for spec in specs]
     yield from dict.fromkeys(rows)
