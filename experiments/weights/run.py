@@ -60,9 +60,12 @@ def questions(found: Ground) -> dict[str, list[Question]]:
         )
     else:
         made = cloze.next_words(found.texts, 110), cloze.orders(found.texts, 30)
-    fits = lambda q: all(  # noqa: E731
-        sum(map(len, encode_pair(found.tokenizer, *pair))) in TOKENS for pair in q.pairs
-    )
+
+    def fits(question: Question) -> bool:
+        """Of the one length, and no choice is swallowed by a token of the context."""
+        ids = [encode_pair(found.tokenizer, *pair) for pair in question.pairs]
+        return all(b and len(a) + len(b) in TOKENS for a, b in ids)
+
     count = QUESTIONS[found.name]
     return {
         name: list(itertools.islice(filter(fits, drawn), count))
