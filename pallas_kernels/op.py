@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from pallas_kernels import choice
+from pallas_kernels import choice, partition
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,6 +50,8 @@ class Op:
     A kernel takes the reference's arguments and ``interpret=``, and raises
     ``NotImplementedError`` with the reason for what it cannot serve, while tracing.
     Gradients are the reference's unless the platform is in ``own_gradient``.
+    ``layout(args, options)`` says how arguments may be divided over a mesh
+    (``partition``); an op without one cannot run there.
     """
 
     name: str
@@ -53,14 +59,17 @@ class Op:
     kernels: Mapping[str, Callable]
     cases: tuple[Case, ...]
     own_gradient: frozenset[str] = frozenset()
+    layout: Callable[[tuple, Mapping[str, Any]], partition.Layout] | None = None
 
     def __call__(self, *args, **options):
         chosen = choice.current()
         platform = chosen.platform
         if chosen.name == "reference":
             return self.reference(*args, **options)
+        several = self.layout and platform != "cpu" and jax.device_count() > 1
+        run = self.on_mesh if several else self.on
         try:
-            return self.on(platform, *args, interpret=chosen.interpret, **options)
+            return run(platform, *args, interpret=chosen.interpret, **options)
         except NotImplementedError as missing:
             choice.fall_back(self.name, str(missing))
             return self.reference(*args, **options)
@@ -77,6 +86,31 @@ class Op:
         if platform in self.own_gradient:
             return run(*args)
         return with_gradient(run, lambda *a: self.reference(*a, **options))(*args)
+
+    def on_mesh(self, platform: str, *args, interpret: bool = False, **options):
+        """``on`` where arguments may be divided over devices; the same elsewhere."""
+        assert self.layout is not None
+        layout = self.layout(args, options)
+        multiple = {"i": math.lcm(partition.WHOLE, options.get("block") or 1)}
+
+        def run(*args):
+            return self.on(platform, *args, interpret=interpret, **options)
+
+        def part(*args):
+            try:
+                return run(*args)
+            except NotImplementedError as missing:
+                if strict:
+                    raise
+                choice.warn_once(self.name, platform, f"{missing}, on a mesh")
+                return self.reference(*args, **options)
+
+        strict = choice.current().strict
+        spread = functools.partial(partition.divided, layout=layout, multiple=multiple)
+        if platform in self.own_gradient:
+            return with_divided_gradient(run, part, spread, layout)(*args)
+        whole = lambda *a: spread(run, part, args=a)  # noqa: E731
+        return with_gradient(whole, lambda *a: self.reference(*a, **options))(*args)
 
     def missing(self, platform: str, *args, **options) -> str | None:
         """Why ``platform`` has no kernel for these arguments, or None if it has."""
@@ -102,3 +136,38 @@ def with_gradient(kernel: Callable, reference: Callable) -> Callable:
 
     run.defvjp(forward, backward)
     return run
+
+
+def with_divided_gradient(
+    run: Callable, part: Callable, spread: Callable, layout: partition.Layout
+) -> Callable:
+    """``run`` over a mesh, with its own gradient on each part (recomputed)."""
+
+    @jax.custom_vjp
+    def call(*args):
+        return spread(run, part, args=args)
+
+    def backward(args, cotangent):
+        def pull(function):
+            def gradients(cotangent, *args):
+                found = jax.vjp(function, *args)[1](cotangent)
+                return [a for a in jax.tree.leaves(found) if _floating(a)]
+
+            return gradients
+
+        leaves, tree = jax.tree.flatten(args)
+        pairs = zip(partition.texts(layout.arguments, args), leaves, strict=True)
+        letters = [text for text, a in pairs if _floating(a)]
+        turned = partition.Layout((layout.result, *layout.arguments), letters)
+        whole = (cotangent, *args)
+        found = spread(pull(run), pull(part), layout=turned, args=whole)
+        each = iter(found)
+        zero = lambda a: np.zeros(a.shape, jax.dtypes.float0)  # noqa: E731
+        return tree.unflatten(next(each) if _floating(a) else zero(a) for a in leaves)
+
+    call.defvjp(lambda *args: (call(*args), args), backward)
+    return call
+
+
+def _floating(a) -> bool:
+    return jnp.issubdtype(a.dtype, jnp.floating)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention.blocks import block_index, top_blocks
+from pallas_kernels.cases import attention_case
 from pallas_kernels.flash_attention.cases import projections
-from pallas_kernels.op import Case
 from pallas_kernels.shapes import LLAMA3_8B_HEADS, TINY_HEADS
 
 
@@ -48,26 +46,12 @@ def case(
     keys=None, batch=1, dynamic=True, **options,
 ):  # fmt: skip
     """One case that keeps ``keep`` key blocks for each query block."""
-    keys, tiny = keys or queries, heads.model == "tiny"
+    keys = keys or queries
     shown = listed_pairs(queries, keys, block_q, block_k, keep)
-    return Case(
-        f"{heads.model}/{name}",
-        functools.partial(
-            make,
-            heads=heads,
-            batch=batch,
-            queries=queries,
-            keys=keys,
-            block_q=block_q,
-            block_k=block_k,
-            keep=keep,
-            dynamic=dynamic,
-            dtype=jnp.float32 if tiny else jnp.bfloat16,
-        ),
-        {"block_q": block_q, "block_k": block_k, **options},
-        tiny=tiny,
-        flops=4.0 * batch * heads.queries * heads.width * shown,
-    )
+    blocks = dict(block_q=block_q, block_k=block_k)
+    inputs = dict(batch=batch, queries=queries, keys=keys, keep=keep, dynamic=dynamic)
+    options |= blocks
+    return attention_case(name, heads, make, options, batch * shown, **inputs, **blocks)
 
 
 def dropped(heads, length: int, percent: int, block_q: int, block_k: int):

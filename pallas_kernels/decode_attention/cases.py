@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.cases import attention_case
 from pallas_kernels.decode_attention.reference import QuantizedCache
-from pallas_kernels.op import Case
 from pallas_kernels.quantized_matmul.reference import parts
 from pallas_kernels.shapes import LLAMA3_8B_HEADS, QWEN25_7B_HEADS, TINY_HEADS
 
@@ -61,24 +59,9 @@ def case(
     sinks=False, **options,
 ):  # fmt: skip
     """One case; its name says what the cache is, options are the op's."""
-    tiny = heads.model == "tiny"
-    return Case(
-        f"{heads.model}/{name}",
-        functools.partial(
-            make,
-            heads=heads,
-            batch=batch,
-            slots=slots,
-            page=page,
-            bits=bits,
-            key_scales=key_scales,
-            sinks=sinks,
-            dtype=jnp.float32 if tiny else jnp.bfloat16,
-        ),
-        options,
-        tiny=tiny,
-        flops=4.0 * batch * heads.queries * heads.width * slots,
-    )
+    inputs = dict(batch=batch, slots=slots, page=page, bits=bits)
+    inputs |= dict(key_scales=key_scales, sinks=sinks)
+    return attention_case(name, heads, make, options, batch * slots, **inputs)
 
 
 def _tiny():

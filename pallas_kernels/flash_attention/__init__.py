@@ -6,6 +6,7 @@ from pallas_kernels.flash_attention import gpu, tpu
 from pallas_kernels.flash_attention.cases import CASES
 from pallas_kernels.flash_attention.reference import flash_attention
 from pallas_kernels.op import Op
+from pallas_kernels.partition import Layout
 
 op = Op(
     "flash_attention",
@@ -13,4 +14,5 @@ op = Op(
     {"gpu": gpu.flash_attention, "tpu": tpu.flash_attention},
     CASES,
     own_gradient=frozenset({"gpu", "tpu"}),
+    layout=lambda *_: Layout(("b.h.", "b.h.", "b.h.", "b.", "h"), "b.h."),
 )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.op import Case
+from pallas_kernels.cases import attention_case
 from pallas_kernels.shapes import LLAMA3_8B_HEADS, QWEN25_7B_HEADS, TINY_HEADS, Heads
 
 
@@ -52,26 +50,11 @@ def case(
 ):
     """One case; options are the op's."""
     keys = keys or queries
-    tiny = heads.model == "tiny"
     shown = visible_pairs(
         queries, keys, options.get("causal", True), options.get("window")
     )
-    return Case(
-        f"{heads.model}/{name}",
-        functools.partial(
-            make,
-            heads=heads,
-            batch=batch,
-            queries=queries,
-            keys=keys,
-            packed=packed,
-            sinks=sinks,
-            dtype=jnp.float32 if tiny else jnp.bfloat16,
-        ),
-        options,
-        tiny=tiny,
-        flops=4.0 * batch * heads.queries * heads.width * shown,
-    )
+    inputs = dict(batch=batch, queries=queries, keys=keys, packed=packed, sinks=sinks)
+    return attention_case(name, heads, make, options, batch * shown, **inputs)
 
 
 def _cases():

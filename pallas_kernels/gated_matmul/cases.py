@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.op import Case
+from pallas_kernels.cases import linear_case
 from pallas_kernels.shapes import LLAMA3_8B, TINY, Linear
 
 
@@ -23,18 +21,11 @@ def make(key, *, rows: int, linear: Linear, block: int, active: int, dtype):
 
 def case(linear, rows, block, active):
     """One case; its name says everything that its inputs depend on."""
-    tiny = linear.model == "tiny"
-    dtype = jnp.float32 if tiny else jnp.bfloat16
-    return Case(
-        f"{linear.name}/b{block}-{active}of{linear.inputs // block}/m{rows}",
-        functools.partial(
-            make, rows=rows, linear=linear, block=block, active=active, dtype=dtype
-        ),
-        {"block": block},
-        tiny=tiny,
-        tolerance=1e-5 if tiny else 1e-2,
-        flops=2.0 * rows * active * block * linear.outputs,
-    )
+    inputs = dict(rows=rows, block=block, active=active)
+    blocks = linear.inputs // block
+    name = f"b{block}-{active}of{blocks}"
+    options, work = {"block": block}, active / blocks
+    return linear_case(linear, name, make, options, exact=True, work=work, **inputs)
 
 
 def _cases():

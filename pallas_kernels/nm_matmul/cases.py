@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.op import Case
+from pallas_kernels.cases import linear_case
 from pallas_kernels.shapes import LLAMA3_8B, TINY, Linear
 
 
@@ -36,26 +34,10 @@ def make(key, *, rows: int, linear: Linear, n: int, m: int, bits, block, zeros, 
 
 def case(linear, rows, n=2, m=4, bits=None, block=None, zeros=False):
     """One case; its name says everything that its inputs depend on."""
-    tiny = linear.model == "tiny"
     kind = "float" if bits is None else f"w{bits}-g{block}{'-asym' * zeros}"
-    dtype = jnp.float32 if tiny else jnp.bfloat16
-    return Case(
-        f"{linear.name}/{n}of{m}-{kind}/m{rows}",
-        functools.partial(
-            make,
-            rows=rows,
-            linear=linear,
-            n=n,
-            m=m,
-            bits=bits,
-            block=block,
-            zeros=zeros,
-            dtype=dtype,
-        ),
-        {"n": n, "m": m, "bits": bits, "block": block},
-        tiny=tiny,
-        flops=2.0 * rows * linear.inputs * linear.outputs * n / m,
-    )
+    options = {"n": n, "m": m, "bits": bits, "block": block}
+    inputs = dict(rows=rows, zeros=zeros, work=n / m, **options)
+    return linear_case(linear, f"{n}of{m}-{kind}", make, options, **inputs)
 
 
 def _cases():

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from pallas_kernels.op import Op
+from pallas_kernels.partition import Layout
 from pallas_kernels.plane_matmul import tpu
 from pallas_kernels.plane_matmul.cases import CASES
 from pallas_kernels.plane_matmul.reference import plane_matmul
 
 KERNELS = {"tpu": tpu.plane_matmul}
 
-op = Op("plane_matmul", plane_matmul, KERNELS, CASES)
+
+def layout(args, options) -> Layout:
+    """Five trits to a byte cannot be cut between inputs."""
+    own = "o." if options["kind"] == "trits" else "oi"
+    return Layout(("*." if own == "o." else "*i", own, own, own), "*o")
+
+
+op = Op("plane_matmul", plane_matmul, KERNELS, CASES, layout=layout)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.op import Case
+from pallas_kernels.cases import group, linear_case
 from pallas_kernels.plane_matmul.reference import pack
 from pallas_kernels.shapes import LLAMA3_8B, TINY, Linear
 
@@ -35,25 +33,10 @@ def make(key, *, rows: int, linear: Linear, kind, count: int, block, bias, dtype
 
 def case(linear, rows, kind, count, block, *, bias=False):
     """One case; its name says everything that its inputs depend on."""
-    tiny = linear.model == "tiny"
-    group = "channel" if block is None else f"g{block}"
-    extra = "-bias" if bias else ""
-    return Case(
-        f"{linear.name}/{kind}{count}-{group}{extra}/m{rows}",
-        functools.partial(
-            make,
-            rows=rows,
-            linear=linear,
-            kind=kind,
-            count=count,
-            block=block,
-            bias=bias,
-            dtype=jnp.float32 if tiny else jnp.bfloat16,
-        ),
-        {"kind": kind, "block": block},
-        tiny=tiny,
-        flops=2.0 * rows * linear.inputs * linear.outputs * count,
-    )
+    options = {"kind": kind, "block": block}
+    inputs = dict(rows=rows, count=count, bias=bias, work=count, **options)
+    name = f"{kind}{count}-{group(block)}{'-bias' * bias}"
+    return linear_case(linear, name, make, options, **inputs)
 
 
 def _cases():

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.op import Case
+from pallas_kernels.cases import integer_case
 from pallas_kernels.quantized_matmul.reference import parts
 from pallas_kernels.shapes import LLAMA3_8B, TINY, Linear
 
@@ -28,15 +26,8 @@ def make(key, *, rows: int, linear: Linear, bits: int):
 
 def case(linear, rows, bits):
     """One case; its name says everything that its inputs depend on."""
-    tiny = linear.model == "tiny"
-    return Case(
-        f"{linear.name}/w{bits}a8/m{rows}",
-        functools.partial(make, rows=rows, linear=linear, bits=bits),
-        {"bits": bits, "out_dtype": jnp.float32 if tiny else jnp.bfloat16},
-        tiny=tiny,
-        tolerance=1e-5 if tiny else 1e-2,
-        flops=2.0 * rows * linear.inputs * linear.outputs,
-    )
+    inputs = dict(rows=rows, bits=bits)
+    return integer_case(linear, f"w{bits}a8", make, {"bits": bits}, **inputs)
 
 
 def _cases():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pallas_kernels.op import Op
+from pallas_kernels.partition import Layout
 from pallas_kernels.quantized_matmul import cpu, gpu, tpu
 from pallas_kernels.quantized_matmul.cases import CASES
 from pallas_kernels.quantized_matmul.reference import corrected, quantized_matmul
@@ -20,4 +21,6 @@ KERNELS = {
     "tpu": tpu.quantized_matmul,
 }
 
-op = Op("quantized_matmul", quantized_matmul, KERNELS, CASES)
+LAYOUT = Layout(("*i", "oi", "oi", "oi", ("i.", ".o")), "*o")
+
+op = Op("quantized_matmul", quantized_matmul, KERNELS, CASES, layout=lambda *_: LAYOUT)

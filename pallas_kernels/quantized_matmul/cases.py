@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.op import Case
+from pallas_kernels.cases import group, linear_case
 from pallas_kernels.quantized_matmul.reference import parts
 from pallas_kernels.shapes import LLAMA3_8B, QWEN25_7B, TINY, Linear
 
@@ -42,25 +40,11 @@ def make(key, *, rows, linear: Linear, bits, block, zeros: bool, rank: int, dtyp
 def case(linear, rows, bits, block=128, *, zeros=False, levels=None, rank=0):
     """One case; its name says everything that its inputs depend on."""
     kind = "asym" if zeros else "table" if levels else "sym"
-    tiny = linear.model == "tiny"
-    group = "channel" if block is None else f"g{block}"
     extra = f"-rank{rank}" if rank else ""
-    return Case(
-        f"{linear.name}/w{bits}-{group}-{kind}{extra}/m{rows}",
-        functools.partial(
-            make,
-            rows=rows,
-            linear=linear,
-            bits=bits,
-            block=block,
-            zeros=zeros,
-            rank=rank,
-            dtype=jnp.float32 if tiny else jnp.bfloat16,
-        ),
-        {"bits": bits, "block": block, "levels": levels},
-        tiny=tiny,
-        flops=2.0 * rows * linear.inputs * linear.outputs,
-    )
+    options = {"bits": bits, "block": block, "levels": levels}
+    inputs = dict(rows=rows, bits=bits, block=block, zeros=zeros, rank=rank)
+    name = f"w{bits}-{group(block)}-{kind}{extra}"
+    return linear_case(linear, name, make, options, **inputs)
 
 
 def _cases():

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.op import Case
+from pallas_kernels.cases import group, integer_case
 from pallas_kernels.shapes import LLAMA3_8B, QWEN25_7B, TINY, Linear
 
 KINDS = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
@@ -34,16 +32,9 @@ def make(key, *, rows: int, linear: Linear, kind: str, block: int | None):
 
 def case(linear, rows, kind="int8", block=None):
     """One case; its name says everything that its inputs depend on."""
-    tiny = linear.model == "tiny"
-    group = "channel" if block is None else f"g{block}"
-    return Case(
-        f"{linear.name}/{kind}-{group}/m{rows}",
-        functools.partial(make, rows=rows, linear=linear, kind=kind, block=block),
-        {"block": block, "out_dtype": jnp.float32 if tiny else jnp.bfloat16},
-        tiny=tiny,
-        tolerance=1e-5 if tiny else 1e-2,
-        flops=2.0 * rows * linear.inputs * linear.outputs,
-    )
+    inputs = dict(rows=rows, kind=kind, block=block)
+    name = f"{kind}-{group(block)}"
+    return integer_case(linear, name, make, {"block": block}, **inputs)
 
 
 def _cases():

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.op import Case
+from pallas_kernels.cases import group, linear_case
 from pallas_kernels.quantized_matmul.reference import parts
 from pallas_kernels.shapes import LLAMA3_8B, TINY, Linear
 
@@ -28,19 +26,9 @@ def make(key, *, rows: int, linear: Linear, bits: int, block, dtype):
 
 def case(linear, rows, bits=4, block=None):
     """One case; its name says everything that its inputs depend on."""
-    tiny = linear.model == "tiny"
-    dtype = jnp.float32 if tiny else jnp.bfloat16
-    group = "channel" if block is None else f"g{block}"
-    return Case(
-        f"{linear.name}/table{bits}-{group}/m{rows}",
-        functools.partial(
-            make, rows=rows, linear=linear, bits=bits, block=block, dtype=dtype
-        ),
-        {"bits": bits, "block": block},
-        tiny=tiny,
-        tolerance=1e-5 if tiny else 1e-2,
-        flops=2.0 * rows * linear.inputs * linear.outputs,
-    )
+    options = {"bits": bits, "block": block}
+    name = f"table{bits}-{group(block)}"
+    return linear_case(linear, name, make, options, exact=True, rows=rows, **options)
 
 
 def _cases():

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.op import Case
+from pallas_kernels.cases import integer_case
 from pallas_kernels.shapes import LLAMA3_8B, QWEN25_7B, TINY, Linear
 
 
@@ -28,15 +26,9 @@ def make(key, *, rows: int, linear: Linear, block: int, zeros: bool):
 
 def case(linear, rows, block=128, *, zeros=True):
     """One case; its name says everything that its inputs depend on."""
-    tiny = linear.model == "tiny"
-    return Case(
-        f"{linear.name}/w4a8-g{block}-{'asym' if zeros else 'sym'}/m{rows}",
-        functools.partial(make, rows=rows, linear=linear, block=block, zeros=zeros),
-        {"block": block, "out_dtype": jnp.float32 if tiny else jnp.bfloat16},
-        tiny=tiny,
-        tolerance=1e-5 if tiny else 1e-2,
-        flops=2.0 * rows * linear.inputs * linear.outputs,
-    )
+    inputs = dict(rows=rows, block=block, zeros=zeros)
+    name = f"w4a8-g{block}-{'asym' if zeros else 'sym'}"
+    return integer_case(linear, name, make, {"block": block}, **inputs)
 
 
 def _cases():

@@ -7,33 +7,15 @@ the even ones, then the odd ones.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.integer_tiles import Tuning, product, scaled_sums
 from pallas_kernels.two_level_matmul.reference import check
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """Tile sizes: rows of x, outputs, inputs (whole pairs of groups)."""
-
-    rows: int
-    outputs: int
-    inputs: int
-
-
-def default_tuning(rows: int, outputs: int, inputs: int, block: int) -> Tuning:
-    """The widest tile of inputs that divides them, up to 4,096."""
-    unit = max(256, block)
-    tiles = range(4096 - 4096 % unit, 0, -unit)
-    tile = next(t for t in tiles if inputs % t == 0)
-    return Tuning(min(256, -(-rows // 32) * 32), 512, tile)
 
 
 def two_level_matmul(
@@ -59,38 +41,32 @@ def two_level_matmul(
             "has 4 bits, groups of 128 or multiples of 256, and whole pairs of them"
         )
     x = x_codes.reshape(-1, inputs)
-    rows, outputs = len(x), len(planes[0])
-    tuning = tuning or default_tuning(rows, outputs, inputs, block)
+    outputs = len(planes[0])
+    tuning = tuning or Tuning.default(len(x), inputs, max(256, block))
     tm, tn, tk = tuning.rows, tuning.outputs, tuning.inputs
-    padded, steps, groups = -(-rows // tm) * tm, inputs // tk, tk // block
-    x = jnp.pad(_evens_first(x, block), ((0, padded - rows), (0, 0)))
-    x_scale = jnp.pad(x_scale.reshape(-1, 1), ((0, padded - rows), (0, 0)))
+    steps, groups = inputs // tk, tk // block
     if group_zero is None:
         group_zero = jnp.full(group_scale.shape, 2 ** (bits - 1), jnp.uint8)
     zero = jnp.swapaxes(group_zero.reshape(outputs, steps, groups), 0, 1)
     scale = group_scale.T.astype(jnp.int32).reshape(steps, groups, outputs)
-    y = pl.pallas_call(
-        functools.partial(_kernel, block=block),
-        grid=(padded // tm, pl.cdiv(outputs, tn), steps),
-        in_specs=[
+    y = scaled_sums(
+        functools.partial(_add, block=block),
+        (tuning.padded(_evens_first(x, block)), planes[0], scale, zero),
+        [
             pl.BlockSpec((tm, tk), lambda i, j, k: (i, k)),
             pl.BlockSpec((tn, tk // 2), lambda i, j, k: (j, k)),
             pl.BlockSpec((1, groups, tn), lambda i, j, k: (k, 0, j)),
             pl.BlockSpec((1, tn, groups), lambda i, j, k: (k, j, 0)),
-            pl.BlockSpec((tm, 1), lambda i, j, k: (i, 0)),
-            pl.BlockSpec((1, tn), lambda i, j, k: (0, j)),
         ],
-        out_specs=pl.BlockSpec((tm, tn), lambda i, j, k: (i, j)),
-        out_shape=jax.ShapeDtypeStruct((padded, outputs), out_dtype),
-        scratch_shapes=[pltpu.VMEM((tm, tn), jnp.int32)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=48 * 2**20,
-        ),
+        x_scale.reshape(-1, 1),
+        w_scale,
+        steps=steps,
+        tuning=tuning,
+        out_dtype=out_dtype,
         interpret=interpret,
         name="two_level_matmul",
-    )(x, planes[0], scale, zero, x_scale, w_scale.reshape(1, -1))
-    return y[:rows].reshape(*lead, outputs)
+    )
+    return y.reshape(*lead, outputs)
 
 
 def _evens_first(x, block: int):
@@ -99,35 +75,14 @@ def _evens_first(x, block: int):
     return jnp.swapaxes(pairs, -1, -2).reshape(x.shape)
 
 
-def _kernel(x_ref, w_ref, scale_ref, zero_ref, x_scale_ref, w_scale_ref, y_ref, sum_ref,
-            *, block):  # fmt: skip
+def _add(x_ref, w_ref, scale_ref, zero_ref, sum_ref, *, block):
     """Int32 sums of each group's int8 product times its integer scale."""
-    step, steps = pl.program_id(2), pl.num_programs(2)
-
-    @pl.when(step == 0)
-    def _():
-        sum_ref[...] = jnp.zeros_like(sum_ref)
-
     zeros = pltpu.bitcast(zero_ref[0], jnp.int32)
     for g in range(zero_ref.shape[2]):
         codes = _group(w_ref, g, block)
         w = pltpu.bitcast(_less(codes, zeros[:, g : g + 1]), jnp.int8)
-        part = lax.dot_general(
-            x_ref[:, pl.ds(g * block, block)],
-            w,
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.int32,
-        )
+        part = product(x_ref[:, pl.ds(g * block, block)], w)
         sum_ref[...] += part * scale_ref[0, g : g + 1, :]
-
-    def finish(i, _):
-        rows = pl.ds(i * 32, 32)
-        y = sum_ref[rows, :].astype(jnp.float32) * x_scale_ref[rows, :]
-        y_ref[rows, :] = (y * w_scale_ref[...]).astype(y_ref.dtype)
-
-    @pl.when(step == steps - 1)
-    def _():
-        lax.fori_loop(0, sum_ref.shape[0] // 32, finish, None)
 
 
 def _group(w_ref, g: int, block: int):

@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, UInt
 from jaxllm.core.arrays import Leaf, static
 from jaxllm.core.weights.base import Names, Weight
 
+FEW = 32  # rows up to which the list is multiplied as it is
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,20 @@ class Scattered(Weight):
         return jnp.swapaxes(
             flat.reshape(*flat.shape[:-1], self.outputs, self.features), -1, -2
         )
+
+    def dot(self, x):
+        """Few rows: sums of x times the values over each output's run of the list."""
+        tokens = x.size // x.shape[-1]
+        if self.values.ndim != 1 or tokens > FEW:
+            return self.expanded(
+                x, f"{tokens} rows, or leading axes, of listed entries"
+            )
+        place = self.index.astype(jnp.uint32)
+        source, target = place % self.features, place // self.features
+        parts = x.reshape(tokens, -1)[:, source] * self.values.astype(x.dtype)[None]
+        wide = parts.T.astype(jnp.float32)
+        sums = jax.ops.segment_sum(wide, target, self.outputs, indices_are_sorted=True)
+        return sums.T.astype(x.dtype).reshape(*x.shape[:-1], self.outputs)
 
     def axes(self, names: Names) -> Scattered:
         """One list for the whole matrix cannot be split: no axis names."""
