@@ -20,8 +20,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import compat
 from pallas_kernels import online_softmax as online
-from pallas_kernels.online_softmax import ROWS
+from pallas_kernels.online_softmax import LOG2E, ROWS
 
 WARPGROUPS = 2  # that compute
 SHARED_MEMORY = 220 * 1024  # of a multiprocessor's 227 KB, barriers aside
@@ -47,6 +48,8 @@ class Plan:
     causal: bool
     scale: float
     soft_cap: float | None
+    window: int | None
+    extra: tuple[str, ...]  # of "mine", "theirs" (ids of documents) and "sinks"
     interpret: bool
 
     @property
@@ -79,15 +82,23 @@ def default_tuning(width: int, block_q: int, block_k: int, itemsize: int = 2) ->
 
 
 def attend(q, k, v, index, count, *, block_q, block_k, causal, scale, soft_cap,
+           window: int | None = None, segments=None, sinks=None,
            tuning: Tuning | None = None, interpret: bool = False):  # fmt: skip
     """softmax(q k^T) v over listed key blocks; what ``block_sparse_attention`` means.
 
     Axes of ``index`` and ``count`` may have length one, for lists that are shared.
+    ``window``, ``segments`` and ``sinks`` are those of ``flash_attention``.
     """
     online.check_dtypes(q, k, v, interpret=interpret)
     width = q.shape[3]
     scale = width**-0.5 if scale is None else scale
     _check_served(block_q, block_k, scale)
+    extra = {}
+    if segments is not None:
+        extra["mine"] = _documents(segments[0], ROWS * WARPGROUPS, -1)
+        extra["theirs"] = _documents(segments[1], block_k, -2)
+    if sinks is not None:
+        extra["sinks"] = sinks.astype(jnp.float32) * LOG2E
     plan = Plan(
         tuning or default_tuning(-(-width // 64) * 64, block_q, block_k),
         block_q,
@@ -97,12 +108,14 @@ def attend(q, k, v, index, count, *, block_q, block_k, causal, scale, soft_cap,
         causal=causal,
         scale=scale,
         soft_cap=soft_cap,
+        window=window,
+        extra=tuple(extra),
         interpret=interpret,
     )
     wide = _padded(q, ROWS * WARPGROUPS), *(_padded(a, block_k) for a in (k, v))
     bounds = tile_bounds(plan, index, count, wide[0].shape[1])
     with online.running(interpret):
-        out = _call(plan, *wide, index.astype(jnp.int32), bounds)
+        out = _call(plan, *wide, index.astype(jnp.int32), bounds, *extra.values())
     return out[:, : q.shape[1], :, :width]
 
 
@@ -119,6 +132,13 @@ def _check_served(block_q: int, block_k: int, scale: float) -> None:
         raise NotImplementedError(f"scale {scale}; the kernel takes positive ones")
 
 
+def _documents(ids, block: int, padding: int):
+    """Ids of whole blocks; 0, which sees and shows nothing, becomes ``padding``."""
+    ids = jnp.where(ids == 0, padding, ids).astype(jnp.int32)
+    tail = -ids.shape[1] % block
+    return jnp.pad(ids, ((0, 0), (0, tail)), constant_values=padding)
+
+
 def _padded(a, block: int):
     """Whole blocks of positions, and a head width that fills the swizzled rows."""
     tail, side = -a.shape[1] % block, -a.shape[3] % 64
@@ -130,7 +150,7 @@ def _padded(a, block: int):
 def tile_bounds(plan: Plan, index, count, queries: int):
     """[batch, heads, queries / rows, 2]: tiles without a mask, and visible tiles.
 
-    Both are prefixes, since a list ascends.
+    Both are prefixes, since a list ascends. Documents and windows mask every tile.
     """
     tile, parts = plan.tuning.tile, plan.parts
     first = jnp.arange(0, queries, plan.rows)
@@ -140,6 +160,8 @@ def tile_bounds(plan: Plan, index, count, queries: int):
     listed = jnp.arange(index.shape[3]) < count[:, :, row, None]
     first = (first + plan.offset)[:, None, None]
     whole, visible = starts + tile <= plan.keys, starts < plan.keys
+    if plan.window is not None or "mine" in plan.extra:
+        whole = jnp.zeros_like(whole)
     if plan.causal:
         whole &= starts + tile - 1 <= first
         visible &= starts <= first + plan.rows - 1
@@ -147,7 +169,7 @@ def tile_bounds(plan: Plan, index, count, queries: int):
     return masks.sum((3, 4), dtype=jnp.int32)
 
 
-def _call(plan: Plan, q, k, v, index, bounds):
+def _call(plan: Plan, q, k, v, index, bounds, *extra):
     batch, queries, heads, width = q.shape
     tile, ring = plan.tuning.tile, plan.lists * plan.tuning.stages
     scratch = {
@@ -172,18 +194,19 @@ def _call(plan: Plan, q, k, v, index, bounds):
         thread_name="warpgroup",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, k, v, index, bounds)
+    )(q, k, v, index, bounds, *extra)
 
 
 def _free(plan: Plan, ring: int):
     return plgpu.Barrier(num_arrivals=WARPGROUPS // plan.lists, num_barriers=ring)
 
 
-def _kernel(plan, q, k, v, index, bounds, out, *, p_s=None, **scratch):
+def _kernel(plan, q, k, v, index, bounds, *rest, p_s=None, **scratch):
     """One thread block: warpgroup 2 fetches, warpgroups 0 and 1 compute."""
     me = lax.axis_index("warpgroup")
+    extra, out = dict(zip(plan.extra, rest[:-1], strict=True)), rest[-1]
     pl.when(me < WARPGROUPS)(
-        lambda: _compute(plan, q, index, bounds, out, me, p_s, **scratch)
+        lambda: _compute(plan, q, index, bounds, extra, out, me, p_s, **scratch)
     )
     pl.when(me == WARPGROUPS)(lambda: _fetch(plan, q, k, v, index, bounds, **scratch))
 
@@ -242,8 +265,8 @@ def _fetch(plan: Plan, q, k, v, index, bounds, *, k_s, v_s, k_full, v_full, k_fr
                   tuple(tile_of(i, 0) for i in lists))  # fmt: skip
 
 
-def _compute(plan: Plan, q, index, bounds, out, me, p_s, *, q_s, q_full, k_s, v_s,
-             k_full, v_full, k_free, v_free, turn):  # fmt: skip
+def _compute(plan: Plan, q, index, bounds, extra, out, me, p_s, *, q_s, q_full, k_s,
+             v_s, k_full, v_full, k_free, v_free, turn):  # fmt: skip
     """64 query rows against the visible tiles of their list."""
     plgpu.set_max_registers(232, action="increase")
     batch, head, rows = _place()
@@ -256,6 +279,7 @@ def _compute(plan: Plan, q, index, bounds, out, me, p_s, *, q_s, q_full, k_s, v_
     plgpu.copy_gmem_to_smem(q.at[batch, mine, head], queries, q_full.at[me])
     plgpu.barrier_wait(q_full.at[me])
     swap = functools.partial(_swap, turn) if plan.lists == 1 else None
+    hide = functools.partial(_mask, plan, *_documents_of(extra, batch, mine))
 
     def step(i, state, masked):
         slot = list_ * stages + lax.rem(i, stages)
@@ -264,7 +288,7 @@ def _compute(plan: Plan, q, index, bounds, out, me, p_s, *, q_s, q_full, k_s, v_
         plgpu.barrier_arrive(k_free.at[slot])
         s, factor = online.logits(s, plan.scale, plan.soft_cap)
         if masked:
-            s = _mask(plan, s, (rows * WARPGROUPS + me) * ROWS + plan.offset,
+            s = hide(s, (rows * WARPGROUPS + me) * ROWS + plan.offset,
                       _tile_id(plan, index, list_, i) * plan.tuning.tile)  # fmt: skip
         p, (acc, peak, total) = online.update(s, factor, state)
         half = p.astype(v_s.dtype)
@@ -281,7 +305,8 @@ def _compute(plan: Plan, q, index, bounds, out, me, p_s, *, q_s, q_full, k_s, v_
 
     if swap:
         pl.when(me == 1)(swap)
-    state = online.start(q.shape[3])
+    sink = extra["sinks"][head] if "sinks" in extra else None
+    state = online.start(q.shape[3], first=sink)
     state = lax.fori_loop(0, full, functools.partial(step, masked=False), state)
     state = lax.fori_loop(full, live, functools.partial(step, masked=True), state)
     if swap:
@@ -299,13 +324,33 @@ def _swap(turn) -> None:
     plgpu.barrier_wait(turn)
 
 
-def _mask(plan: Plan, s, query, key):
-    """-inf where a key is past the sequence or, when causal, past its query."""
+def _documents_of(extra, batch, rows):
+    """The ids of this warpgroup's queries, and those of all keys of the sequence."""
+    if "mine" not in extra:
+        return None, None
+    mine = extra["mine"].at[batch, rows]
+    return _ids(mine, 1), extra["theirs"].at[batch]
+
+
+def _ids(ref, axis: int):
+    return compat.load(ref, plgpu.Layout.WGMMA.reduce(axis), optimized=False)
+
+
+def _mask(plan: Plan, mine, theirs, s, query, key):
+    """-inf where a key is past the sequence, its query, the window or the document."""
     iota = functools.partial(
         plgpu.broadcasted_iota, jnp.int32, s.shape, layout=plgpu.Layout.WGMMA
     )
-    keys = iota(1) + key
+    keys, queries = iota(1) + key, iota(0) + query
     seen = keys < plan.keys
     if plan.causal:
-        seen = seen & (keys <= iota(0) + query)
+        seen = seen & (keys <= queries)
+    if plan.window is not None:
+        seen = seen & (keys > queries - plan.window)
+        if not plan.causal:
+            seen = seen & (keys < queries + plan.window)
+    if mine is not None:
+        own = lax.broadcast_in_dim(mine, s.shape, [0])
+        other = _ids(theirs.at[pl.ds(key, s.shape[1])], 0)
+        seen = seen & (own == lax.broadcast_in_dim(other, s.shape, [1]))
     return jnp.where(seen, s, -jnp.inf)

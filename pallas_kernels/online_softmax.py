@@ -39,15 +39,22 @@ def rows_to(values, shape):
     return lax.broadcast_in_dim(values, shape, [0])
 
 
-def start(*widths: int):
-    """The empty state: accumulators [64, width], maximum and sum [64]."""
+def start(*widths: int, first=None):
+    """The empty state: accumulators [64, width], maximum and sum [64].
+
+    ``first`` is a logit in units of log 2 that has no value: it begins the sum.
+    """
     wide, narrow = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
     acc = tuple(
         plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), wide)
         for width in widths
     )
-    peak = plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), narrow)
-    return acc, peak, plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), narrow)
+    full = lambda value: plgpu.layout_cast(  # noqa: E731
+        jnp.full((ROWS,), value, jnp.float32), narrow
+    )
+    if first is None:
+        return acc, full(LOWEST), full(0.0)
+    return acc, full(first), full(1.0)
 
 
 def scores(q, k, after_issue=None):
