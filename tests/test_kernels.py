@@ -149,7 +149,7 @@ def topologies():
         yield pytest.param(topology, (), id=f"{topology}-all", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("topology, cases", topologies())
+@pytest.mark.parametrize("topology, cases", tuple(topologies()))
 def test_tpu_compiler_accepts_every_kernel(topology, cases):
     pytest.importorskip("libtpu", reason="libtpu is not installed (extra tpu-aot)")
     records = compiled("tpu", topology, *cases)

@@ -8,12 +8,13 @@ and the query heads of a group its columns, of which 8 are enough (one query aga
 (exact: at most 8 bits, less their zero) in shared memory; scales per slot multiply
 scores and probabilities. Codes at the same place of two bytes are neighbours there,
 so q is permuted to match and the result back. Shares are merged outside (Flash
-Decoding).
+Decoding). Where column sums are asked for, the kernel leaves its scores behind (32
+bytes a slot beside some hundreds read), which become probabilities when all shares'
+peaks and totals are known.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -24,41 +25,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
 from pallas_kernels import online_softmax as online
+from pallas_kernels.decode_attention.gpu_plan import (
+    TILE,
+    Plan,
+    Tuning,
+    check_served,
+    default_tuning,
+)
 from pallas_kernels.decode_attention.reference import QuantizedCache, check
 from pallas_kernels.online_softmax import LOG2E, LOWEST
 
-TILE = 64  # slots a step, the M of wgmma
-BLOCKS = 264  # thread blocks that fill the machine once: two a multiprocessor
-SHARED_MEMORY = 108 * 1024  # of one of them
 STATISTICS = 16  # rows below the output: peak, total, padding to whole copies
 HALF_1024 = 0x6400  # the bits of float16 1024; its low 10 bits count units of one
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """``stages`` steps in flight; each sequence and head in ``splits`` shares."""
-
-    stages: int
-    splits: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What the kernel is specialised for: caches by bits (None: 16-bit numbers)."""
-
-    tuning: Tuning
-    width: int
-    page: int | None
-    key_bits: int | None
-    value_bits: int | None
-    soft_cap: float | None
-    window: int | None
-    interpret: bool
-
-    @property
-    def copies(self) -> int:
-        """Pages of a step."""
-        return max(1, TILE // (self.page or TILE))
 
 
 def decode_attention(
@@ -82,7 +60,7 @@ def decode_attention(
     sequences cost nothing.
     """
     check(q, keys, values, lengths, pages, window)
-    _check_served(q, keys, values, pages, sums, interpret)
+    check_served(q, keys, values, pages, interpret)
     batch, heads, width = q.shape
     groups = keys.shape[2]
     page = None if pages is None else keys.shape[1]
@@ -90,61 +68,17 @@ def decode_attention(
     bits = [a.bits if isinstance(a, QuantizedCache) else None for a in (keys, values)]
     plan = Plan(
         tuning or default_tuning(batch * groups, slots, width, bits),
-        width, page, *bits, soft_cap, window, interpret,
+        width, page, *bits, soft_cap, window, sums, interpret,
     )  # fmt: skip
     scale = width**-0.5 if scale is None else scale
     queries, factor = _queries(plan, q.reshape(batch, groups, -1, width), scale)
     with online.running(interpret):
-        shares = _call(plan, queries, factor, lengths, pages, keys, values)
-    out = _merge(plan, shares, sinks, heads // groups)
-    return out.reshape(q.shape).astype(q.dtype)
-
-
-def default_tuning(rows: int, slots: int, width: int, bits) -> Tuning:
-    """Shares that fill the machine once; as many stages as fit, up to eight."""
-    stage = sum(TILE * width * (b or 16) // 8 for b in bits)
-    staging = sum(TILE * width * 2 for b in bits if b is not None)
-    splits = max(1, min(BLOCKS // rows, -(-slots // TILE)))
-    stages = (SHARED_MEMORY - staging) // stage
-    if stages < 2:
-        raise NotImplementedError(f"heads of width {width} exceed shared memory")
-    return Tuning(min(stages, 8), splits)
-
-
-def _check_served(q, keys, values, pages, sums: bool, interpret: bool) -> None:
-    if sums:
-        raise NotImplementedError("no column sums of probabilities on GPU")
-    width = keys.shape[3]
-    if width % 64:
-        raise NotImplementedError(f"heads of width {width}; accepted: multiples of 64")
-    if pages is not None and keys.shape[1] % TILE and TILE % keys.shape[1]:
-        raise NotImplementedError(
-            f"pages of {keys.shape[1]} slots; accepted: parts or multiples of {TILE}"
-        )
-    dense = [a for a in (keys, values) if not isinstance(a, QuantizedCache)]
-    if dense:
-        online.check_dtypes(q, *dense, interpret=interpret)
-    for cache in (keys, values):
-        if isinstance(cache, QuantizedCache):
-            _check_codes(cache)
-
-
-def _check_codes(cache: QuantizedCache) -> None:
-    slots = cache.shape[1]
-    if cache.bits not in (1, 2, 4, 8):
-        raise NotImplementedError(f"codes of {cache.bits} bits; accepted: 1, 2, 4, 8")
-    if cache.scale.shape != (*cache.shape[:3], 1):
-        raise NotImplementedError(
-            f"scales {cache.scale.shape} for {cache.shape}; accepted: one per slot"
-        )
-    if slots % TILE:
-        raise NotImplementedError(
-            f"{slots} slots of codes; accepted: multiples of {TILE}"
-        )
-    if cache.shape[3] * cache.bits % 256:
-        raise NotImplementedError(
-            f"{cache.bits}-bit heads of width {cache.shape[3]} fill less than 32 bytes"
-        )
+        shares, *scores = _call(plan, queries, factor, lengths, pages, keys, values)
+    out, logs = _merge(plan, shares, sinks, heads // groups)
+    out = out.reshape(q.shape).astype(q.dtype)
+    if not sums:
+        return out
+    return out, _column_sums(scores[0][:, :, :slots], logs, lengths, window)
 
 
 def _queries(plan: Plan, q, scale: float):
@@ -168,7 +102,10 @@ def _queries(plan: Plan, q, scale: float):
 
 
 def _merge(plan: Plan, shares, sinks, heads: int):
-    """[batch, groups, heads, width] from the shares' sums, peaks and totals."""
+    """[batch, groups, heads, width] from the shares' sums, peaks and totals.
+
+    Also the logarithms (base 2) of the sums over all slots, [batch, groups, heads].
+    """
     shares = shares.swapaxes(-1, -2)[..., :heads, :]
     acc, peak = shares[..., : plan.width], shares[..., plan.width]
     total, top = shares[..., plan.width + 1], peak.max(2)
@@ -180,12 +117,26 @@ def _merge(plan: Plan, shares, sinks, heads: int):
     if sinks is not None:
         total = total + jnp.exp2(logits - top)
     out = (acc * weight[..., None]).sum(2)
-    out = out / jnp.where(total == 0.0, 1.0, total)[..., None]
+    total = jnp.where(total == 0.0, 1.0, total)
+    out, logs = out / total[..., None], top + jnp.log2(total)
     if plan.value_bits is None:
-        return out
+        return out, logs
     per = 16 // plan.value_bits
     parts = out.reshape(*out.shape[:3], per, -1) * _digits(plan.value_bits)
-    return parts.swapaxes(-1, -2).reshape(out.shape)
+    return parts.swapaxes(-1, -2).reshape(out.shape), logs
+
+
+def _column_sums(scores, logs, lengths, window: int | None):
+    """float32 [batch, groups, slots]: probabilities added over the heads of a group."""
+    slot, length = jnp.arange(scores.shape[2])[None], lengths[:, None]
+    seen = slot < length
+    if window is not None:
+        seen = seen & (slot >= length - window)
+    own = scores[..., : logs.shape[2]]
+    # Tiles that no share has read hold anything.
+    return jnp.where(
+        seen[:, None], jnp.exp2(own - logs[:, :, None]).sum(-1), jnp.float32(0)
+    )
 
 
 def _digits(bits: int):
@@ -194,7 +145,10 @@ def _digits(bits: int):
 
 
 def _call(plan: Plan, q, factor, lengths, pages, keys, values):
-    """[batch, groups, splits, width + STATISTICS, columns] in float32."""
+    """[batch, groups, splits, width + STATISTICS, columns] in float32.
+
+    With sums also the scores [batch, groups, slots in whole tiles, columns].
+    """
     batch, groups, columns, width = q.shape
     operands = {"q": q, "factor": factor, "lengths": lengths}
     if pages is not None:
@@ -213,11 +167,16 @@ def _call(plan: Plan, q, factor, lengths, pages, keys, values):
                 operands[f"{name}_zero"] = cache.zero
             staged[f"{name}_d"] = online.tiles((TILE, width), jnp.float16, swizzles[-1])
     half = jnp.float16 if plan.value_bits else values.dtype
+    shapes = [(plan.tuning.splits, width + STATISTICS, columns)]
+    if plan.sums:
+        slots = keys.shape[1] if pages is None else pages.shape[1] * plan.page
+        shapes.append((-(-slots // TILE) * TILE, columns))
+        staged["s_s"] = plgpu.SMEM((TILE, columns), jnp.float32)
     return plgpu.kernel(
         functools.partial(_kernel, plan, tuple(operands)),
-        out_type=jax.ShapeDtypeStruct(
-            (batch, groups, plan.tuning.splits, width + STATISTICS, columns),
-            jnp.float32,
+        out_type=tuple(
+            jax.ShapeDtypeStruct((batch, groups, *shape), jnp.float32)
+            for shape in shapes
         ),
         grid=(groups, plan.tuning.splits, batch),
         grid_names=("group", "split", "batch"),
@@ -235,7 +194,8 @@ def _call(plan: Plan, q, factor, lengths, pages, keys, values):
 
 def _kernel(plan: Plan, names, *refs, q_s, p_s, o_s, q_full, full, **staged):
     """One share of the slots of one sequence and key head."""
-    ins, out = dict(zip(names, refs[:-1], strict=True)), refs[-1]
+    ins = dict(zip(names, refs, strict=False))
+    out, *left = refs[len(names) :]
     batch, group, split = (lax.axis_index(a) for a in ("batch", "group", "split"))
     stages, columns = plan.tuning.stages, q_s.shape[0]
     length = ins["lengths"][batch]
@@ -257,6 +217,9 @@ def _kernel(plan: Plan, names, *refs, q_s, p_s, o_s, q_full, full, **staged):
         plgpu.barrier_wait(full.at[at])
         s = online.scores((_tile("k", plan.key_bits, staged, at, sides),), (q_s,))
         s = _logits(plan, s, sides, factor, begin + i, length)
+        if plan.sums:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            staged["s_s"][...] = s
         new = jnp.maximum(peak, s.max(axis=0))
         p, alpha = jnp.exp2(s - _across(new, s.shape)), jnp.exp2(peak - new)
         totals = totals * _across(alpha, s.shape) + p
@@ -266,6 +229,9 @@ def _kernel(plan: Plan, names, *refs, q_s, p_s, o_s, q_full, full, **staged):
             p.astype(p_s.dtype), plgpu.Layout.WGMMA_TRANSPOSED
         )
         plgpu.commit_smem()
+        if plan.sums:
+            here = left[0].at[batch, group, pl.ds((begin + i) * TILE, TILE)]
+            plgpu.copy_smem_to_gmem(staged["s_s"], here)
         v = _tile("v", plan.value_bits, staged, at, sides)
         acc = acc * _across(alpha, acc.shape)
         acc = online.accumulate(
