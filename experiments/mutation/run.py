@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from faults import FAULTS, Fault
@@ -50,6 +51,14 @@ def pytest(folder: Path, arguments: tuple[str, ...]) -> tuple[int, str]:
         command, cwd=folder, env=os.environ | here, capture_output=True, text=True
     )
     return run.returncode, run.stdout + run.stderr
+
+
+def joined(faults: Iterable[Fault]) -> list[tuple[str, ...]]:
+    """The tests of all faults, one run of pytest for each file."""
+    words: dict[str, list[str]] = {}
+    for file, _, word in (fault.tests for fault in faults):
+        words.setdefault(file, []).append(word)
+    return [(file, "-k", " or ".join(found)) for file, found in words.items()]
 
 
 def caught_by(output: str) -> str | None:
@@ -109,7 +118,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_to(folder)
-        for tests in dict.fromkeys(fault.tests for fault in chosen):
+        for tests in joined(chosen):
             status, output = pytest(folder, tests)
             if status:
                 raise SystemExit(f"without a fault {tests} fails:\n{output[-2000:]}")

@@ -1,6 +1,6 @@
 """Every weight method at every size on three models, at measured bytes.
 
-    python experiments/weights/run.py [--only PATTERN] [--model NAME] [--minutes N]
+    python experiments/weights/run.py [--only PATTERN ...] [--model NAME ...] [--minutes N]
 
 Each row has perplexity, two scores (which word comes next; which of two stretches comes
 first), measured bits per weight of the linear maps and of the whole model, and the wall
@@ -136,7 +136,7 @@ def waiting(rows: dict, options) -> Iterator[tuple[str, str]]:
     chosen = [
         (model, spec)
         for model, spec in settings.plan(models)
-        if fnmatch.fnmatch(spec, options.only)
+        if any(fnmatch.fnmatchcase(spec, p) for p in options.only or ("*",))
     ]
     yield from (key for key in chosen if key not in rows)
     for key in chosen:
@@ -176,7 +176,7 @@ def replace(path: Path, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="*", help="specs that match this pattern")
+    parser.add_argument("--only", action="append", help="specs of this pattern")
     parser.add_argument("--model", action="append", choices=NAMES)
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--fresh", action="store_true", help="measure again")
