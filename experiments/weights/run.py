@@ -1,6 +1,6 @@
 """Every weight method at every size on three models, at measured bytes.
 
-    python experiments/weights/run.py [--only PATTERN ...] [--model NAME ...] [--minutes N]
+    python experiments/weights/run.py [--only PATTERN] [--model NAME] [--minutes N]
 
 Each row has perplexity, two scores (which word comes next; which of two stretches comes
 first), measured bits per weight of the linear maps and of the whole model, and the wall
