@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +11,14 @@ import pytest
 
 from jaxllm import methods
 from jaxllm.core import weights
+from jaxllm.core.additive import additive, beam_codes, decoded, error, fitted_tables
 from jaxllm.core.codebooks import Centroids, DigitPlanes
+from jaxllm.core.compensation import compensated
 from jaxllm.core.descent import coordinates
 from jaxllm.core.exempt import exempting
 from jaxllm.core.formats import (
     Integer,
+    balanced,
     bipolar,
     extended_float,
     power_levels,
@@ -23,7 +28,7 @@ from jaxllm.core.formats import (
 from jaxllm.core.incoherence import incoherent, lattice
 from jaxllm.core.lattice import nearest_code, points, shortest
 from jaxllm.core.metrics import Metric, asymmetric, gram, identity, pivots
-from jaxllm.core.mixtures import AcrossOutputs, mixed_blocks
+from jaxllm.core.mixtures import AcrossOutputs, mixed_blocks, ranked_blocks, spread
 from jaxllm.core.packing import pack_trits, unpack_trits
 from jaxllm.core.scales import (
     Grid,
@@ -267,9 +272,25 @@ def test_least_squares_scales_are_better_than_their_start(layer):
 
 def test_tables_are_those_of_the_papers():
     assert bipolar(2).levels == (-3, -1, 1, 3)
+    assert balanced(2).levels == (-2, -1, 0, 1, 2) and balanced(2).middle == 2
     assert shifts(3).levels == (-1, -0.5, -0.25, 0, 0.25, 0.5, 1)
     assert extended_float(3).tables[2].levels == (-4, -2, -1, 0, 1, 2, 4, 6)
     assert power_levels(3, 0.5).levels[-2] == pytest.approx(4 / 9)
+
+
+def test_compensated_weights_are_stored_as_they_were_learned(layer):
+    """Soft and stored agree for any theta; both parts of theta have gradients."""
+    w = layer[0]
+    learned = compensated(balanced(2), 16, 1).call
+    theta = learned.start(w, None, None)
+    step = jax.random.normal(jax.random.key(3), theta["b"].shape) / 4
+    for moved in (theta, theta | dict(b=step)):
+        stored = learned.render(moved, w).materialize()
+        np.testing.assert_allclose(learned.soft(moved, w), stored, atol=1e-6)
+    assert plain_error(w + step, learned.render(theta | dict(b=step), w)) < 4
+    loss = lambda t: jnp.sum((learned.soft(t, w) - w) ** 2)  # noqa: E731
+    slopes = jax.grad(loss)(theta)
+    assert jnp.abs(slopes["gamma"]).min() > 0 and jnp.abs(slopes["b"]).min() > 0
 
 
 def test_microscaling_shares_a_power_of_two_in_a_byte():
@@ -391,3 +412,79 @@ def test_incoherence_flattens_what_stands_out(layer):
     turned = (seen["w"] * (seen["stats"].gram.mean @ seen["w"])).sum()
     plain = (spiked * (stats.gram.mean @ spiked)).sum()
     np.testing.assert_allclose(turned, plain, rtol=1e-3)
+
+
+def small_additive():
+    """Four inputs in two vectors, two codebooks of three entries, five outputs."""
+    keys = jax.random.split(jax.random.key(7), 4)
+    w = jax.random.normal(keys[0], (4, 5))
+    half = jax.random.normal(keys[1], (4, 4))
+    tables = jax.random.normal(keys[2], (2, 3, 2))
+    codes = jax.random.randint(keys[3], (2, 5, 2), 0, 3)
+    return w, half @ half.T + 0.1 * jnp.eye(4), tables, codes
+
+
+def test_a_wide_beam_finds_the_best_codes_of_all():
+    """27 beams see all 81 sums; a single one is never worse than where it starts."""
+    w, h, tables, codes = small_additive()
+    one = jnp.ones(5)
+    found = beam_codes(w, h, tables, codes, 27)
+    every = [
+        jnp.array(c).reshape(2, 1, 2) for c in itertools.product(range(3), repeat=4)
+    ]
+    sums = jnp.stack([decoded(tables, c) for c in every])  # [81, in, 1]
+    left = w[None] - sums
+    best = jnp.einsum("cio,ij,cjo->co", left, h, left).min(0)
+    off = w - decoded(tables, found)
+    np.testing.assert_allclose((off * (h @ off)).sum(0), best, rtol=1e-4)
+    greedy = beam_codes(w, h, tables, codes, 1)
+    assert error(w, h, one, tables, greedy) <= error(w, h, one, tables, codes)
+    assert error(w, h, one, tables, found) <= error(w, h, one, tables, greedy)
+
+
+def test_fitted_codebooks_are_the_least_squares_solution():
+    w, h, tables, codes = small_additive()
+    scale = jnp.linspace(0.5, 2.0, 5)
+    found = fitted_tables(w, h, scale, tables, codes, 50)
+    root = np.linalg.cholesky(np.float64(h)).T
+    basis = np.eye(tables.size).reshape(-1, *tables.shape)
+    columns = [
+        (root @ np.float64(decoded(jnp.asarray(b, jnp.float32), codes) * scale)).ravel()
+        for b in basis
+    ]
+    goal = (root @ np.float64(w)).ravel()
+    least = np.linalg.lstsq(np.stack(columns, 1), goal, rcond=None)[1]
+    exact = least[0] if least.size else 0.0
+    solved = np.linalg.lstsq(np.stack(columns, 1), goal, rcond=None)[0]
+    exact = max(exact, ((np.stack(columns, 1) @ solved - goal) ** 2).sum())
+    np.testing.assert_allclose(error(w, h, scale, found, codes), exact, rtol=1e-3)
+
+
+def test_additive_codebooks_beat_compensated_vectors_of_the_same_size(layer):
+    w, x, _ = layer
+    stats = statistics(x)
+    losses = [
+        loss(w, additive(4, 3, 2, rounds=rounds, beams=4)(w, stats), x)
+        for rounds in (0, 3)
+    ]
+    plain = vectors(4, 3, 2)(w, stats)
+    assert losses[1] < losses[0] and losses[1] < loss(w, plain, x)
+    made = additive(4, 3, 2, rounds=0)(w, stats)
+    assert weights.nbytes(made) == weights.nbytes(plain) + 2 * OUT
+
+
+def test_wide_blocks_get_four_bits_and_only_the_others_keep_outliers(layer):
+    w, x, _ = layer
+    wide = w.at[8:16].mul(6.0).at[20, 3].set(9.0)
+    kinds = ((4, 0.17), (2, 0.83))
+    made = ranked_blocks(kinds, 8, absmax(), gram(), identity(), spread(), 0.01)(
+        wide, statistics(x)
+    )
+    main, apart = made.terms
+    assert main.order[0] == 1 and [p.format.bits for p in main.parts] == [4, 2]
+    kept = weights.materialize(apart) != 0
+    assert kept.sum() <= int(0.01 * w.size) and bool(kept[20, 3])
+    assert not kept[8:16].any()
+    np.testing.assert_allclose(
+        weights.materialize(made)[20, 3], 9.0, atol=0.2
+    )  # free: it may take over earlier errors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.core import weights
@@ -16,8 +15,9 @@ from jaxllm.core.compose import (
     transform,
 )
 from jaxllm.core.model import Model, get
+from jaxllm.core.sensitivity import output_error
 from jaxllm.core.spec import marked
-from jaxllm.core.weights import materialize
+from jaxllm.core.stats import KINDS
 
 
 def allocate(losses, costs, budget: float | int, solver: str = "milp") -> list[int]:
@@ -30,15 +30,19 @@ def allocate(losses, costs, budget: float | int, solver: str = "milp") -> list[i
     Raises:
       ValueError: The cheapest options already exceed the budget.
     """
+    _check_solver(solver)
     losses, costs = np.asarray(losses, np.float64), np.asarray(costs, np.float64)
-    if solver not in ("greedy", "milp"):
-        raise ValueError(f"solver {solver!r}; accepted: 'greedy', 'milp'")
     least = costs.min(1).sum()
     if least > budget:
         raise ValueError(
             f"budget of {budget:,.0f} bytes; the smallest options take {least:,.0f}"
         )
     return (_milp if solver == "milp" else _greedy)(losses, costs, budget)
+
+
+def _check_solver(solver: str) -> None:
+    if solver not in ("greedy", "milp"):
+        raise ValueError(f"solver {solver!r}; accepted: 'greedy', 'milp'")
 
 
 def _greedy(losses, costs, budget) -> list[int]:
@@ -76,22 +80,32 @@ def _milp(losses, costs, budget) -> list[int]:
 
 
 @transform
-def mixed(options, bits: float | int, solver: str = "milp"):
+def mixed(options, bits: float | int, solver: str = "milp", sensitivity=output_error()):
     """Each weight gets one of several per-layer methods, within ``bits`` per weight.
 
-    The budget counts stored bytes of the selected weights. The loss of an option is
-    the layer's output error tr((W - V)T E[x xT] (W - V)) on the dense model's inputs.
+    The budget counts stored bytes of the selected weights. ``sensitivity`` prices an
+    option, by default with the layer's output error on the dense model's inputs.
     Where only shapes are known (``plan``), the largest options that fit are taken.
     """
-    return assigned(tuple(_pipeline(option) for option in options), bits, solver)
+    pipelines = tuple(pipeline_of(option) for option in options)
+    return assigned(pipelines, bits, solver, sensitivity)
 
 
-def assigned(pipelines: tuple[Pipeline, ...], bits=None, solver: str = "milp"):
+def assigned(
+    pipelines: tuple[Pipeline, ...],
+    bits=None,
+    solver: str = "milp",
+    sensitivity=output_error(),
+):
     """The body of ``mixed``; without ``bits`` each weight gets its best pipeline."""
+    _check_solver(solver)
+    needs = tuple({*sensitivity.needs, *(n for p in pipelines for n in p.needs)})
 
     def run(model: Model, context: Context) -> Model:
         paths = context.paths(model)
-        found = measured(model, context, paths, pipelines, _output_error)
+        price = sensitivity(model, context)
+        read = set(sensitivity.needs) & {*KINDS, "fisher"}
+        found = measured(model, context, pipelines, price, read)
         losses = [[loss for loss, _ in found[path]] for path in paths]
         costs = [[cost for _, cost in found[path]] for path in paths]
         if any(isinstance(x, jax.core.Tracer) for row in losses for x in row):
@@ -104,21 +118,13 @@ def assigned(pipelines: tuple[Pipeline, ...], bits=None, solver: str = "milp"):
         each = {p: pipelines[i] for p, i in zip(paths, chosen, strict=True)}
         return compress_each(model, context, each)
 
-    needs = tuple({"gram", *(n for p in pipelines for n in p.needs)})
-    return marked(run, needs=needs, adaptive=True)
+    return marked(run, needs=needs, adaptive=True, joint=bits is not None)
 
 
-def _pipeline(option) -> Pipeline:
+def pipeline_of(option) -> Pipeline:
     """The pipeline of a method that treats each weight by itself."""
     body = option.call if isinstance(option, Transform) else None
     found = getattr(getattr(body, "call", None), "pipeline", None)
     if found is None:
         raise TypeError(f"{option!r} is not a per-layer method")
     return found
-
-
-@jax.jit
-def _output_error(w, made, stats):
-    """tr((W - V)T H (W - V)), summed over experts."""
-    delta = (materialize(w) - materialize(made)).astype(jnp.float32)
-    return (delta * (stats.gram.mean @ delta)).sum()

@@ -174,7 +174,8 @@ def compress(solve=None, *, split=None, correct=None, activations=None):
 
 def compress_each(model: Model, context: Context, each: dict[str, Pipeline]) -> Model:
     """Each path through its own pipeline, in one walk."""
-    needs, found = _statistics(model, context, each)
+    wanted = {path: pipeline.needs for path, pipeline in each.items()}
+    needs, found = _statistics(model, context, wanted)
     for pipeline in dict.fromkeys(each.values()):
         _check_fit(pipeline, model, [p for p, own in each.items() if own == pipeline])
 
@@ -199,20 +200,22 @@ def compress_each(model: Model, context: Context, each: dict[str, Pipeline]) -> 
     )
 
 
-def _statistics(model: Model, context: Context, each: dict[str, Pipeline]):
+def _statistics(model: Model, context: Context, each: dict[str, tuple[str, ...]]):
     """What the walk collects, and a function (seen, path) -> statistics or None.
+
+    ``each`` names what every weight needs.
 
     Squared gradients belong to a weight, not to its input: one pass brings them
     before the walk.
     """
     taps = {p: s.tap for s in model.config.sites() for p in s.consumers}
-    needs = total_needs(each.values())
-    walked = tuple(n for n in needs if n != "fisher")
-    sloped = tuple(p for p, own in each.items() if "fisher" in own.needs)
+    total = {name for needs in each.values() for name in needs}
+    walked = tuple(sorted(total - {"fisher"}))
+    sloped = tuple(p for p, needs in each.items() if "fisher" in needs)
     slopes = squared_gradients(model, context.calibration, sloped) if sloped else {}
 
     def found(seen: Seen, path: str) -> Stats | None:
-        if not each[path].needs:
+        if not each[path]:
             return None
         items = dict(seen.stats[taps[path]].items) if walked else {}
         return Stats(items | ({"fisher": slopes[path]} if path in slopes else {}))
@@ -225,21 +228,25 @@ def total_needs(pipelines) -> tuple[str, ...]:
     return tuple(sorted({name for p in pipelines for name in p.needs}))
 
 
-def measured(model: Model, context: Context, paths, pipelines, loss) -> dict:
+def measured(model: Model, context: Context, pipelines, loss, needs) -> dict:
     """For each path, (loss, bytes) of each pipeline; the model stays as it is.
 
-    ``loss(w, made, stats)`` reads the Gram matrix besides what the pipelines need.
+    ``loss(path, w, made, stats)`` reads the statistics that ``needs`` names besides
+    those of the pipelines.
     """
-    taps = {p: s.tap for s in model.config.sites() for p in s.consumers}
-    needs = tuple(sorted({"gram", *total_needs(pipelines)}))
+    paths = context.paths(model)
+    total = tuple(sorted({*needs, *total_needs(pipelines)}))
+    walked, lookup = _statistics(model, context, dict.fromkeys(paths, total))
     found: dict[str, list] = {}
 
     def visit(params, block, seen: Seen):
         for path in (p for p in paths if inside(p, block)):
-            w, stats = get(params, f"{path}.weight"), seen.stats[taps[path]]
+            w, stats = get(params, f"{path}.weight"), lookup(seen, path)
             key = layer_key(context.key, path)
             made = [_solved(p, w, stats, key) for p in pipelines]
-            found[path] = [(loss(w, m, stats), weights.nbytes(m)) for m in made]
+            prices = [loss(path, w, m, stats) for m in made]
+            sizes = [weights.nbytes(m) for m in made]
+            found[path] = [*zip(prices, sizes, strict=True)]
         return params
 
     wants = lambda block: any(inside(p, block) for p in paths)  # noqa: E731
@@ -247,7 +254,7 @@ def measured(model: Model, context: Context, paths, pipelines, loss) -> dict:
     walk(
         model,
         context.calibration,
-        needs,
+        walked,
         visit,
         label="measure",
         monitor=silent,

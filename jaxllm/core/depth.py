@@ -9,7 +9,7 @@ import numpy as np
 from jaxllm.core.compose import Context
 from jaxllm.core.model import Model, get
 from jaxllm.core.slicing import cut_layers
-from jaxllm.core.slopes import cross_entropy
+from jaxllm.core.slopes import mean_loss
 from jaxllm.core.spec import expression, marked
 from jaxllm.core.walk import Seen, walk
 
@@ -52,16 +52,9 @@ def removal_loss():
     def score(model: Model, batches) -> list[jax.Array]:
         layers = range(len(model.config.blocks()))
         without = [tuple(i for i in layers if i != gone) for gone in layers]
-        return [_mean_loss(cut_layers(model, kept), batches) for kept in without]
+        return [mean_loss(cut_layers(model, kept), batches) for kept in without]
 
     return score
-
-
-def _mean_loss(model: Model, batches) -> jax.Array:
-    return jnp.stack([_loss(model, batch) for batch in batches]).mean()
-
-
-_loss = jax.jit(cross_entropy)
 
 
 @expression

@@ -29,16 +29,30 @@ def _total(model: Model, batch: Batch) -> Float[Array, ""]:
     return (losses * weight).sum()
 
 
+def mean_loss(model: Model, batches: Iterable[Batch]) -> Float[Array, ""]:
+    """The mean of ``cross_entropy`` over batches."""
+    return jnp.stack([_jitted(model, batch) for batch in batches]).mean()
+
+
+_jitted = jax.jit(cross_entropy)
+
+
+def dense_weights(model: Model, paths: tuple[str, ...]) -> dict[str, Array]:
+    """The weights at these paths, which must still be arrays."""
+    ws = {path: get(model.params, f"{path}.weight") for path in paths}
+    for path, w in ws.items():
+        if compressed(w):
+            raise TypeError(f"{path} is {type(w).__name__}: it has no dense gradient")
+    return ws
+
+
 def slopes(model: Model, batches: Iterable[Batch], paths: tuple[str, ...]) -> Slopes:
     """For each weight path, gradient g and Fisher diagonal f of the mean loss.
 
     Both are averages over sequences. f is T g^2 for a sequence of T targets: what the
     squares of single targets' gradients sum to, over T, when they are independent.
     """
-    ws = {path: get(model.params, f"{path}.weight") for path in paths}
-    for path, w in ws.items():
-        if compressed(w):
-            raise TypeError(f"{path} is {type(w).__name__}: it has no dense gradient")
+    ws = dense_weights(model, paths)
     blank = lambda w: jnp.zeros(w.shape, jnp.float32)  # noqa: E731
     total = jax.tree.map(lambda w: (blank(w), blank(w)), ws)
     count = 0

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 from jaxllm.core import (
+    additive,
     allocate,
     channel_scales,
     codebooks,
@@ -16,6 +17,7 @@ from jaxllm.core import (
     depth,
     descent,
     equivalences,
+    evolution,
     exempt,
     gates,
     incoherence,
@@ -35,6 +37,7 @@ from jaxllm.core import (
     rotations,
     scales,
     search,
+    sensitivity,
     solvers,
     splits,
     stacks,
@@ -47,6 +50,9 @@ from jaxllm.core import (
 from jaxllm.core.formats import activation, base, mixed, tables
 
 MODULES: tuple[ModuleType, ...] = (
+    sensitivity,
+    evolution,
+    additive,
     incoherence,
     allocate,
     channel_scales,

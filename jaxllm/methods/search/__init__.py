@@ -1,0 +1,1 @@
+"""Searches over specs under a measured budget."""
