@@ -11,6 +11,8 @@ card = Card(
     claims=(
         Claim("svd_llm(0.8)", "svd(0.8)"),
         Claim("svd_llm(0.6)", "svd(0.6)"),
+        Claim("svd_llm(0.8)", "svd(0.8)", model="twin", margin=0.1),
+        Claim("svd_llm(0.8)", "svd(0.8)", model="builtin", margin=0.02),
         Claim("svd_llm(0.6)", "svd(0.6)", model="builtin"),
     ),
     composes="on dense weights; its factors are not compressed further",

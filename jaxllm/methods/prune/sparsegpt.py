@@ -12,6 +12,8 @@ card = Card(
     claims=(
         Claim("sparsegpt(0.5)", "wanda(0.5)"),
         Claim('sparsegpt("2:4")', 'wanda("2:4")'),
+        Claim('sparsegpt("2:4")', 'wanda("2:4")', model="twin", margin=0.05),
+        Claim("sparsegpt(0.5)", "wanda(0.5)", model="builtin"),
         Claim('sparsegpt("2:4")', 'wanda("2:4")', model="builtin"),
     ),
     composes="before quantization, which then keeps the zeros",

@@ -12,6 +12,7 @@ card = Card(
     claims=(
         Claim("wanda(0.5)", "magnitude(0.5)"),
         Claim('wanda("2:4")', 'magnitude("2:4")'),
+        Claim("wanda(0.5)", "magnitude(0.5)", model="twin", margin=0.1),
     ),
     composes="before quantization, which then keeps the zeros",
 )

@@ -14,6 +14,14 @@ card = Card(
         Claim("gptq(bits=3, group_size=32)", "rtn(bits=3, group_size=32)"),
         Claim("gptq(bits=4, group_size=32)", "rtn(bits=4, group_size=32)"),
         Claim("gptq(bits=3, group_size=None)", "rtn(bits=3, group_size=None)"),
+        Claim(
+            "gptq(bits=3, group_size=32)", "rtn(bits=3, group_size=32)", model="twin"
+        ),
+        Claim(
+            "gptq(bits=3, group_size=None)",
+            "rtn(bits=3, group_size=None)",
+            model="builtin",
+        ),
         Claim("gptq(bits=3)", "rtn(bits=3)", model="builtin"),
     ),
     composes="after pruning it keeps the zeros; after rescaling or rotation",

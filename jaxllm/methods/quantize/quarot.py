@@ -16,6 +16,7 @@ card = Card(
             "quarot(solver='rtn')", "quarot(solver='rtn', rotate=False)", model="twin"
         ),
         Claim("quarot()", "quarot(rotate=False)", model="twin"),
+        Claim("quarot()", "quarot(rotate=False)", model="builtin"),
     ),
     composes="first: it rotates dense weights of a model with RMS norms",
 )
