@@ -39,7 +39,7 @@ FAULTS = (
         "jaxllm/core/sweep.py",
         "w = (w - later[:, None] * error[None]).at[i].set(q)",
         "w = (w + later[:, None] * error[None]).at[i].set(q)",
-        _only("test_core", "obs_is_better"),
+        _only("test_core", "obs_is_better and int3"),
     ),
     Fault(
         "transpose: the drift E[(x~ - x) xT] the other way round",
@@ -103,7 +103,7 @@ FAULTS = (
         "jaxllm/core/weights/quantized.py",
         "zero=None if zero is None else pick(zero)",
         "zero=None",
-        _only("test_weights", "rows_are"),
+        _only("test_weights", "rows_are and int4"),
     ),
     Fault(
         "wrong factor in a fold: norms that store 1 + scale keep the 1",
