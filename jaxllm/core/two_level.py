@@ -80,18 +80,18 @@ def _coarse(w, h, group_scale, zero, grid: Integer, block: int, steps: int):
 
     def rounded(shrink):
         scale = (peak * shrink / INT8).astype(jnp.bfloat16).astype(jnp.float32)
-        gain = jnp.clip(jnp.round(group_scale / scale), 1, INT8)
+        gain = jnp.clip(jnp.round(group_scale / scale[None]), 1, INT8)
         reach = jnp.floor(INT8 / gain)
         low = jnp.maximum(zero - reach, 0)
         high = jnp.minimum(zero + reach, grid.codes - 1)
         wide = lambda x: jnp.repeat(x, block, 0)[: len(w)]  # noqa: E731
-        u = jnp.round(w / (wide(gain) * scale)) + wide(zero)
+        u = jnp.round(w / (wide(gain) * scale[None])) + wide(zero)
         return jnp.clip(u, wide(low), wide(high)), gain, scale
 
     def loss(shrink):
         codes, gain, scale = rounded(shrink)
         wide = lambda x: jnp.repeat(x, block, 0)[: len(w)]  # noqa: E731
-        error = w - (codes - wide(zero)) * wide(gain) * scale
+        error = w - (codes - wide(zero)) * wide(gain) * scale[None]
         return (error * (h @ error)).sum(0)
 
     shrinks = jnp.asarray(np.linspace(1.0, 0.2, steps), jnp.float32)

@@ -58,4 +58,5 @@ def two_level_matmul(
     w = codes * jnp.repeat(group_scale.astype(jnp.int32), block, 1)[:, :inputs]
     x = x_codes.astype(jnp.int32)
     total = jnp.einsum("...k,nk->...n", x, w).astype(jnp.float32)
-    return (total * x_scale * w_scale[:, 0]).astype(out_dtype)
+    per_output = jnp.expand_dims(w_scale[:, 0], range(total.ndim - 1))
+    return (total * x_scale * per_output).astype(out_dtype)
