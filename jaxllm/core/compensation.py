@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 from jaxllm.core.formats import TINY, Format
 from jaxllm.core.reconstruct import Parametrization, straight_through
-from jaxllm.core.scales import Grid, group_of
+from jaxllm.core.scales import Grid, fit_all, group_of, mse
 from jaxllm.core.spec import expression
 
-OPEN = 4.0  # sigmoid(4) = 0.982: ranges start almost whole
+WIDE = 0.98  # ranges start at most so wide: beyond, sigmoid has no slope
 
 
 @expression
@@ -19,25 +19,27 @@ def compensated(format: Format, group_size: int | None = None, rank: int = 1):
 
     Distribution correction (ABQ-LLM, arXiv:2408.08554, eq. 4): a [in, rank] starts at
     one, b [rank, out] at zero, and the sum is rounded, so that nothing is added at run
-    time. The scale of a group is sigmoid(gamma) max|w + a b| / largest.
+    time. The scale of a group is sigmoid(gamma) max|w + a b| / largest; gamma starts at
+    the range of least squared error, where the paper starts at sigmoid(4).
     """
     if not format.symmetric or rank < 0:
         raise ValueError(f"compensated({format}, rank={rank}): symmetric, rank >= 0")
-    grid = Grid(format, group_size)
+    grid = Grid(format, group_size, mse(0.3, 29))
 
     def begin(w, stats, key):
-        count = -(-len(w) // min(group_size or len(w), len(w)))
-        gamma = jnp.full((count, w.shape[1]), OPEN)
-        return dict(
-            gamma=gamma, a=jnp.ones((len(w), rank)), b=jnp.zeros((rank, w.shape[1]))
-        )
+        scale, _ = fit_all(grid, w, jnp.ones(len(w)), None)
+        share = scale * format.largest / jnp.maximum(peaks(w, len(scale)), TINY)
+        gamma = jax.scipy.special.logit(jnp.clip(share, 0.1, WIDE))
+        b = jnp.zeros((rank, w.shape[1]))
+        return dict(gamma=gamma, a=jnp.ones((len(w), rank)), b=b)
+
+    def peaks(w, count: int):
+        return jax.ops.segment_max(jnp.abs(w), group_of(grid, len(w)), count)
 
     def moved(theta, w):
         """W + a b and its scales [groups, out], as stored, with gradients."""
         w = w + theta["a"] @ theta["b"]
-        peak = jax.ops.segment_max(
-            jnp.abs(w), group_of(grid, len(w)), len(theta["gamma"])
-        )
+        peak = peaks(w, len(theta["gamma"]))
         scale = jax.nn.sigmoid(theta["gamma"]) * peak / format.largest
         scale = jnp.maximum(scale, TINY)
         stored = scale.astype(jnp.bfloat16).astype(jnp.float32)

@@ -45,7 +45,7 @@ def reassembled(
         def price(share):
             op, extra = _op(peak, cost, share * peak.max(), most)
             error = dense - op.apply(jnp.eye(len(w))) @ _rows(op, dense)
-            step = (peak[op.first] / op.parts).max() / largest
+            step = (peak[op.first] / op.parts.astype(jnp.float32)).max() / largest
             noise = step**2 / 12 * (_rows(op, dense) ** 2).sum()
             total = (error * (h @ error)).sum() + noise
             return jnp.where(extra <= most, total, jnp.inf)
