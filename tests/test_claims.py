@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,9 @@ import numpy as np
 import pytest
 
 from jaxllm import methods
-from jaxllm.evaluate.ground import Ground, ground
+from jaxllm.evaluate.ground import NAMES, Ground, ground
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def claims():
@@ -47,7 +52,7 @@ def bench(request):
     return measure
 
 
-@pytest.mark.parametrize("claim, whole", claims())
+@pytest.mark.parametrize("claim, whole", list(claims()))
 def test_claim(claim, whole, bench):
     """Sizes are those of the linears, and of all where the embedding changes too."""
     ours, *size = bench(claim.model, claim.spec)
@@ -131,3 +136,37 @@ def test_gptq_equals_an_independent_transcription(bench):
     ours = bench("stories", "gptq(bits=3, group_size=32)")[0]
     assert abs(np.exp(ours) / np.exp(found.nll) - 1) < 0.01
     assert gram(0.01).needs == ("gram",)
+
+
+def experiment(name: str):
+    """A module of experiments/weights, which is no package."""
+    path = REPOSITORY / "experiments" / "weights" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"weights_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_leaderboard_has_every_weight_method_and_every_claim():
+    settings = experiment("settings")
+    planned = list(settings.plan(NAMES))
+    assert len(set(planned)) == len(planned)
+    named = {re.match(r"\w+", spec)[0] for _, spec in planned if spec}
+    assert settings.entries().keys() <= named
+    for entry in settings.entries().values():
+        for claim in entry.card.claims:
+            for spec in (claim.spec, claim.over):
+                assert (claim.model, settings.canonical(spec)) in planned
+
+
+def test_a_row_is_stale_when_source_behind_it_changes(monkeypatch):
+    """The card and other methods' modules do not count."""
+    sources = experiment("sources")
+    before = {spec: sources.digest(spec) for spec in ("gptq()", "gptq(3)", "flap()")}
+    assert before["gptq()"] == before["gptq(3)"] != before["flap()"]
+    assert "Claim(" not in sources._code("jaxllm.methods.quantize.gptq")
+    code = sources._code
+    changed = lambda m: code(m) + "\n1" * (m == "jaxllm.core.sweep")  # noqa: E731
+    monkeypatch.setattr(sources, "_code", changed)
+    assert sources.digest("gptq()") != before["gptq()"]
+    assert sources.digest("flap()") == before["flap()"]
