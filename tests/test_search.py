@@ -16,6 +16,7 @@ from jaxllm.core.compose import Context, plan
 from jaxllm.core.curvature import hessian_traces
 from jaxllm.core.evolution import Evolution, divergence, evolve, filled, level_switch
 from jaxllm.core.gradients import squared_gradients
+from jaxllm.core.l0 import gate, open_chance
 from jaxllm.core.model import Model, get, put, weight, with_weight
 from jaxllm.core.sensitivity import SENSITIVITIES, sensitivity
 from jaxllm.core.slopes import cross_entropy
@@ -173,3 +174,20 @@ def test_evopress_leaves_out_the_layer_that_matters_least(model, batches):
     assert len(small.config.layers) == 2
     tokens = batches[0].tokens
     np.testing.assert_allclose(small(tokens), idle(tokens), atol=1e-4)
+
+
+def test_hard_concrete_gates_close_as_often_as_their_chance_says():
+    log_alpha = jnp.linspace(-3, 3, 7)
+    noise = jax.random.uniform(jax.random.key(0), (20000, 7), minval=1e-6)
+    z = gate(jnp.broadcast_to(log_alpha, noise.shape), noise)
+    assert bool(((z >= 0) & (z <= 1)).all()) and bool((z == 0).any())
+    np.testing.assert_allclose((z > 0).mean(0), open_chance(log_alpha), atol=0.02)
+    assert float(gate(jnp.array(2.5))) == 1.0 and float(gate(jnp.array(-2.5))) == 0.0
+
+
+def test_learned_masks_cut_what_the_loss_can_spare(model, batches):
+    """A quarter of the channels goes at no cost on the text it was learned on."""
+    step = methods.parse("where('layers.0.mlp', compresso(0.25, steps=60, rank=0))")
+    small = step(model, batches)
+    assert small.config.layers[0].ffn.hidden == 12
+    assert cross_entropy(small, batches[0]) < cross_entropy(model, batches[0]) + 0.02

@@ -115,6 +115,7 @@ def drift(a, b, tokens) -> float:
 
 
 KEEP_ALL = {
+    "compresso": "compresso(0.0)",
     "flap": "flap(0.0)",
     "wanda_sp": "wanda_sp(0.0)",
     "llm_pruner": "llm_pruner(0.0)",
@@ -124,7 +125,10 @@ KEEP_ALL = {
     "slicegpt": "slicegpt(0.0)",
     "ziplm": "ziplm(1.0, cost='weights')",
 }
-EXAMPLES = {"ziplm": {"cost": "weights", "levels": 6}}  # repeats everywhere
+EXAMPLES = {
+    "ziplm": {"cost": "weights", "levels": 6},  # repeats everywhere
+    "compresso": {"steps": 4},
+}
 FAMILY = [n for n, e in methods.entries().items() if e.family == "structure"]
 
 

@@ -209,7 +209,7 @@ def prune_units(
         parts = [p for p in parts if not _protected(model, p, protect)]
         scores = [score(part) for part in parts]
         traced = any(isinstance(s, jax.core.Tracer) for s in scores)
-        choose = _weakest_of_model if scope == "model" and not traced else _each_part
+        choose = weakest_of_model if scope == "model" and not traced else same_share
         kept = choose(parts, scores, sparsity)
         return cut_and_mend(model, parts, kept, mend)
 
@@ -275,7 +275,7 @@ def strongest(score: Float[Array, "units"], count: int) -> Array:
     return jnp.sort(jnp.argsort(-score, stable=True)[:count])
 
 
-def _each_part(parts: list[Part], scores, sparsity: float) -> Kept:
+def same_share(parts: list[Part], scores, sparsity: float) -> Kept:
     """The same share of every part."""
     keep = lambda n: max(1, n - int(sparsity * n + 0.5))  # noqa: E731
     return {
@@ -284,7 +284,7 @@ def _each_part(parts: list[Part], scores, sparsity: float) -> Kept:
     }
 
 
-def _weakest_of_model(parts: list[Part], scores, sparsity: float) -> Kept:
+def weakest_of_model(parts: list[Part], scores, sparsity: float) -> Kept:
     """Units go by rising score, over all parts, until enough weights are gone."""
     goal = sparsity * sum(p.size() * p.units.count for p in parts)
     left = {p.units.path: p.units.count for p in parts}

@@ -22,6 +22,7 @@ from jaxllm.core import (
     gates,
     incoherence,
     inputs,
+    l0,
     latency,
     masks,
     metrics,
@@ -50,6 +51,7 @@ from jaxllm.core import (
 from jaxllm.core.formats import activation, base, mixed, tables
 
 MODULES: tuple[ModuleType, ...] = (
+    l0,
     sensitivity,
     evolution,
     additive,
