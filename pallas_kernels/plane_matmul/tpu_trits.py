@@ -21,7 +21,7 @@ from pallas_kernels.quantized_matmul.tpu_inputs import interleaved
 
 LANES = 128
 HELD = 5  # trits in a byte
-PIECES = 8  # of 128 bytes in a step
+PIECES = 4  # of 128 bytes in a step
 
 
 def trit_matmul(x, planes, scales, bias, *, block: int | None, interpret: bool):

@@ -37,13 +37,16 @@ def _cases():
     yield case(up, 20, 4, 64)
     yield case(up, 3, 4, 128)
     yield case(Linear("tiny", "wide", 1024, 64), 2, 2, 256)
+    yield case(Linear("tiny", "wide", 1024, 64), 3, 3, 128)
     yield case(ragged, 5, 3, 32)
     for linear in LLAMA3_8B[:4]:
         for rows in (1, 256):
             yield case(linear, rows)
             yield case(linear, rows, 4, 128)
     yield case(LLAMA3_8B[2], 16, 2, 128)
-    yield case(LLAMA3_8B[2], 16, 3)
+    for linear in LLAMA3_8B[2:4]:
+        yield case(linear, 1, 3)
+        yield case(linear, 16, 3, 128)
 
 
 CASES = tuple(_cases())
