@@ -33,7 +33,8 @@ def markdown(data: dict) -> str:
         "in the heading's first row. Seconds include compiling and are of the machine "
         "named in the JSON, which did other work at the same time.",
         "![size against perplexity](pareto.png)",
-        method_files(),
+        f"{len(rows)} of {len({*settings.plan(NAMES)})} planned rows are measured. "
+        + method_files(),
         *(leaderboard(data, rows, model) for model in NAMES),
         claims(rows),
         not_reproduced(rows),
@@ -140,7 +141,7 @@ def not_reproduced(rows: Rows) -> str:
             if not holds
         ]
         if not entry.card.claims and entry.name not in BASELINES:
-            failed.append("no claim at equal bytes on any of the three models")
+            failed.append("its card makes no claim")
         if failed:
             lines.append(f"* **{entry.card.title}**")
             lines += [f"  * {text}" for text in failed]
@@ -152,11 +153,13 @@ BASELINES = {"svd", "magnitude", "rtn", "dfloat11"}  # what others are compared 
 
 
 def reasons(entry: Entry) -> list[str]:
-    """The lines of docs/log.md whose subject is the method."""
+    """The lines of docs/log.md whose subject is the method, else that name it."""
     log = (REPOSITORY / "docs" / "log.md").read_text(encoding="utf-8").splitlines()
     title = entry.card.title.partition(" (")[0]
     said = [re.sub(r"^\* [\d-]+ ", "", line) for line in log if line.startswith("* ")]
-    return [text for text in said if re.search(rf"\b{re.escape(title)}\b", text[:40])]
+    name = re.compile(rf"\b{re.escape(title)}(?!\w)")
+    subject = [text for text in said if name.search(text[:40])]
+    return subject or [text for text in said if name.search(text)]
 
 
 def method_files() -> str:
