@@ -1,6 +1,6 @@
 """Fast 2-bit: few sensitive groups of a weight in four bits, all others in two."""
 
-from jaxllm.core.card import Card
+from jaxllm.core.card import Card, Claim
 from jaxllm.core.compose import compress, transform
 from jaxllm.core.metrics import diagonal, gram
 from jaxllm.core.mixtures import ranked_blocks, spread
@@ -9,6 +9,9 @@ from jaxllm.core.scales import absmax
 card = Card(
     "Fast 2-bit",
     paper="arXiv:2311.16442",
+    claims=(
+        Claim("fast_2bit(32, 0.5, 0.0)", "gptq(bits=2, group_size=14)", margin=0.1),
+    ),
     composes="after rescaling or rotation; not after pruning",
 )
 
