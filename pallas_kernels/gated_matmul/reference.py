@@ -43,6 +43,6 @@ def gated_matmul(
     blocks = x.shape[-1] // block
     listed = jnp.arange(len(index)) < count
     active = jnp.zeros(blocks, jnp.float32).at[index].add(listed.astype(jnp.float32))
-    gate = jnp.repeat(active, block)
+    gate = jnp.repeat(active, block).reshape((1,) * (x.ndim - 1) + (-1,))
     left, right = x.astype(jnp.float32) * gate, w.astype(jnp.float32)
     return jnp.einsum("...k,kn->...n", left, right).astype(x.dtype)
