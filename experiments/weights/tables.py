@@ -29,8 +29,8 @@ def markdown(data: dict) -> str:
         "has the commit of each row. Bits are stored bytes over the weights of the "
         "uncompressed model: of the linear maps, and of the whole model. `words`: "
         "which of four words comes next; `order`: which of two sentences (lines for "
-        "the built-in model) comes first; both by likelihood, with the standard error "
-        "in the heading's first row. Seconds include compiling and are of the machine "
+        "the built-in model) comes first; both by likelihood, the standard error is on "
+        "the row of the uncompressed model. Seconds include compiling and are of the machine "
         "named in the JSON, which did other work at the same time.",
         "![size against perplexity](pareto.png)",
         f"{len(rows)} of {len({*settings.plan(NAMES)})} planned rows are measured. "
