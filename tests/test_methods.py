@@ -32,6 +32,7 @@ EXAMPLES = {
     "zeroquant_fp": {"rank": 2},
     "int2_1": {"rank": 2},
     "shiftaddllm": {"steps": 4},
+    "abq_llm": {"epochs": 1},
 }
 BODY = {"quantize", "prune", "factorize"}
 # Structured methods change shapes, by the data: tests/test_structure.py has their laws.
