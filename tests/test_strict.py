@@ -52,14 +52,9 @@ REFUSED = {
     ("gpt", "quarot"): "only RMS norms",
     ("gpt", "slicegpt"): "only RMS norms",
     ("moe", "dfloat11"): "takes dense matrices only",
-    ("gpt", "spinquant"): "only RMS norms",
     ("moe", "evopress"): "the smallest options take",
     ("moe", "mixed_precision"): "the smallest options take",
     ("moe", "pst"): "expert weights are not reconstructed",
-    ("moe", "omniquant"): "expert weights are not reconstructed",
-    ("moe", "affinequant"): "expert weights are not reconstructed",
-    ("moe", "flatquant"): "expert weights are not reconstructed",
-    ("moe", "spinquant"): "expert weights are not reconstructed",
 }
 TOKENS = jax.ShapeDtypeStruct((4, 24), jnp.int32)
 

@@ -167,7 +167,7 @@ def _learned(plan: _Plan, theta, ws, params, inputs):
         now = total(theta)
         keep = functools.partial(jnp.where, now < least)
         best = jax.tree.map(keep, theta, best)
-        least = jnp.minimum(now, least)
+        least = keep(now, least)  # a diverged loss is no number
     return {p: best[short[p]] for p in short}, (first, least)
 
 
