@@ -163,7 +163,8 @@ def with_divided_gradient(
         found = spread(pull(run), pull(part), layout=turned, args=whole)
         each = iter(found)
         zero = lambda a: np.zeros(a.shape, jax.dtypes.float0)  # noqa: E731
-        return tree.unflatten(next(each) if _floating(a) else zero(a) for a in leaves)
+        back = [next(each) if _floating(a) else zero(a) for a in leaves]
+        return jax.tree.unflatten(tree, back)
 
     call.defvjp(lambda *args: (call(*args), args), backward)
     return call

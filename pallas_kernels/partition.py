@@ -135,7 +135,8 @@ def divided(
     def traced(constants, *args):
         """``run``; what it has computed while it was traced is an argument too."""
         flat = jax.tree.leaves(args)
-        return form.unflatten(jax.core.eval_jaxpr(program.jaxpr, constants, *flat))
+        found = jax.core.eval_jaxpr(program.jaxpr, constants, *flat)
+        return jax.tree.unflatten(form, found)
 
     def partition(mesh, arguments, result):
         leaves, tree = jax.tree.flatten(arguments)
@@ -150,7 +151,8 @@ def divided(
             y = local(*args)
             return jax.tree.map(lambda a: _summed(a, summed), y) if summed else y
 
-        return mesh, part, form.unflatten(outside), tree.unflatten(inside)
+        unflatten = jax.tree.unflatten
+        return mesh, part, unflatten(form, outside), unflatten(tree, inside)
 
     on_mesh = custom_partitioning(traced)
     on_mesh.def_partition(partition=partition, sharding_rule=named.rule())
