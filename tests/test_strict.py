@@ -19,6 +19,7 @@ from jaxllm.models import MLP, Attention, Layer, MoE, Norm, Policy, Transformer,
 
 DTYPES = ("float32", "bfloat16")
 GROUPS = {"group_size": 16}
+BUDGETS = {name: {"bits": 5.0} for name in ("mixed_precision", "evopress")}
 LLAMA = (Layer(Attention(4, 2, 8), MLP(32)),) * 2
 EXPERTS = MoE(4, 2, 24, shared=MLP(16), shared_gate=True)
 MOE = (Layer(Attention(4, 2, 8, qk_norm=Norm(), bias=True), EXPERTS),) * 2
@@ -119,7 +120,8 @@ def test_methods_and_their_models(kind, dtype, name):
     """The transform's shapes, then a pass of the model that it makes."""
     make, model = methods.find(name), shapes(kind, dtype)
     defaults = dict(make().arguments)
-    step = make(**{k: v for k, v in GROUPS.items() if k in defaults})
+    groups = {k: v for k, v in GROUPS.items() if k in defaults}
+    step = make(**groups, **BUDGETS.get(name, {}))
     batches = [Batch(jnp.zeros(TOKENS.shape, jnp.int32))]
     if (kind, name) in REFUSED:
         with pytest.raises((TypeError, ValueError), match=REFUSED[kind, name]):
