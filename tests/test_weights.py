@@ -208,6 +208,7 @@ def test_rows_are_the_columns_of_the_table(named):
 
 def test_every_leaf_has_named_axes(named):
     _, w = named
+
     def is_names(x):
         return isinstance(x, tuple) and all(n is None or isinstance(n, str) for n in x)
 

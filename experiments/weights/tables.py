@@ -30,8 +30,8 @@ def markdown(data: dict) -> str:
         "uncompressed model: of the linear maps, and of the whole model. `words`: "
         "which of four words comes next; `order`: which of two sentences (lines for "
         "the built-in model) comes first; both by likelihood, the standard error is on "
-        "the row of the uncompressed model. Seconds include compiling and are of the machine "
-        "named in the JSON, which did other work at the same time.",
+        "the row of the uncompressed model. Seconds include compiling and are of the "
+        "machine named in the JSON, which did other work at the same time.",
         "![size against perplexity](pareto.png)",
         f"{len(rows)} of {len({*settings.plan(NAMES)})} planned rows are measured. "
         + method_files(),

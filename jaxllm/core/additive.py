@@ -116,7 +116,8 @@ def beam_codes(
     """
 
     def one(pair):
-        return _beam(*pair, h, tables, beams)
+        t, own = pair
+        return _beam(t, own, h, tables, beams)
 
     rows = goal.T, jnp.swapaxes(codes, 0, 1)
     return jnp.swapaxes(jax.lax.map(one, rows, batch_size=TOGETHER), 0, 1)

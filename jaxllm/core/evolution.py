@@ -7,6 +7,7 @@ two bodies below it search the options of each weight, and the layers to leave o
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -77,7 +78,8 @@ def evolve(
         pool = list(dict.fromkeys(mutate(best, rng) for _ in range(plan.offspring)))
         for keep, batches in zip(plan.survivors, plan.batches, strict=True):
             pool = [best, *pool] if keep == 1 else pool
-            pool = sorted(pool, key=lambda x, b=batches: price(x, b))[:keep]
+            price_here = functools.partial(price, batches=batches)
+            pool = sorted(pool, key=price_here)[:keep]
         best = pool[0]
     return best
 

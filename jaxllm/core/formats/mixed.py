@@ -31,8 +31,9 @@ class MixedActivation(ActivationFormat):
 
     def channels(self, width: int) -> int:
         """How many of ``width`` channels are wide: whole blocks, rounded up."""
-        blocks = -(-width // self.block)
-        return min(-int(-self.share * blocks // 1) * self.block, width)
+        size = self.block or width  # a block is always given: see __post_init__
+        blocks = -(-width // size)
+        return min(-int(-self.share * blocks // 1) * size, width)
 
     def _parts(self, x):
         """The two formats, each with the channels that it rounds."""

@@ -97,13 +97,16 @@ class Quantized(Weight):
         return centred and plain and block == self.block and even
 
     def dot_codes(self, codes, scale, out_dtype):
+        middle = _middle(self.format)
+        if middle is None:
+            raise TypeError(f"codes of {self.format} are not integers about a zero")
         return code_product(
             codes,
             self.planes,
             scale,
             self.scale.astype(jnp.float32),
             bits=self.format.bits,
-            offset=_middle(self.format),
+            offset=middle,
             block=self.block,
             out_dtype=out_dtype,
         )
@@ -111,7 +114,7 @@ class Quantized(Weight):
     def _tables(self, form: Choice) -> Float[Array, "out blocks entries"]:
         """The levels that each block has chosen, times its scale."""
         out = self.planes[0].shape[-2]
-        scale, chosen = _plain(self.scale, out), _plain(self.zero, out)
+        scale, chosen = _wide(self.scale, out), _wide(self.zero, out)
         levels = jnp.asarray(form.values)[chosen.astype(jnp.int32)]
         return levels * scale[..., None]
 
@@ -145,8 +148,10 @@ class Quantized(Weight):
 
 def _plain(values, out: int) -> Float[Array, "*lead out blocks"] | None:
     """Scales or zero points as float32 [out, blocks], also from a quantized line."""
-    if values is None:
-        return None
+    return None if values is None else _wide(values, out)
+
+
+def _wide(values, out: int) -> Float[Array, "*lead out blocks"]:
     if not isinstance(values, Weight):
         return values.astype(jnp.float32)
     line = materialize(values)

@@ -83,7 +83,10 @@ class Sparse(Weight):
 
     def dot(self, x):
         groups, values = _groups(self.pattern), self.values
-        if reason := self._unreadable(groups):
+        if groups is None:
+            why = f"kept entries of pattern {self.pattern!r} are not in groups"
+            return self.expanded(x, why)
+        if reason := self._unreadable():
             return self.expanded(x, reason)
         n, m = groups
         if not isinstance(values, Quantized):
@@ -91,11 +94,9 @@ class Sparse(Weight):
         stored = dict(n=n, m=m, bits=values.format.bits, block=values.block)
         return nm_matmul(x, self.mask, values.planes, *values.stored_grid(), **stored)
 
-    def _unreadable(self, groups) -> str | None:
+    def _unreadable(self) -> str | None:
         """Why ``nm_matmul`` cannot read this weight."""
         values = self.values
-        if groups is None:
-            return f"kept entries of pattern {self.pattern!r} are not in groups"
         if self.mask.ndim != 2:
             return LEADING
         if not isinstance(values, Quantized):
