@@ -53,8 +53,7 @@ REFUSED = {
     ("gpt", "quarot"): "only RMS norms",
     ("gpt", "slicegpt"): "only RMS norms",
     ("moe", "dfloat11"): "takes dense matrices only",
-    ("moe", "evopress"): "the smallest options take",
-    ("moe", "mixed_precision"): "the smallest options take",
+    ("moe", "abq_llm"): "expert weights are not reconstructed",
     ("moe", "pst"): "expert weights are not reconstructed",
 }
 TOKENS = jax.ShapeDtypeStruct((4, 24), jnp.int32)
