@@ -419,7 +419,7 @@ def in_cloud(uri: str, environment: dict) -> None:
     code = CLOUD.format(tests=here, uri=uri)
     env = os.environ | environment | {"PYTHONPATH": os.path.dirname(here)}
     command = [sys.executable, "-c", code]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert "round trip done" in run.stdout, run.stderr[-3000:]
 
 

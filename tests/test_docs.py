@@ -44,7 +44,7 @@ def test_notebooks_execute(path):
     assert not any(c.get("outputs") for c in notebook.cells), (
         "commit it without outputs"
     )
-    made = client.NotebookClient(notebook, timeout=300).execute()
+    made = client.NotebookClient(notebook, timeout=900).execute()
     last = made.cells[-1].outputs[-1]["data"]["text/plain"]
     assert last == "True"
     tables = [
