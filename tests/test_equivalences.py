@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxllm import methods
+from jaxllm.core.affine import _dominant, affine, scaling
 from jaxllm.core.batch import Batch
 from jaxllm.core.compose import transform
 from jaxllm.core.equivalences import fold, pooled, shiftable
 from jaxllm.core.formats import ActivationFormat, Integer
+from jaxllm.core.learned import Recipe, SoftInput
 from jaxllm.core.migration import migrate
 from jaxllm.core.model import get, put
+from jaxllm.core.reconstruct import clipping, target
 from jaxllm.core.scales import Grid
 from jaxllm.core.solvers import nearest
-from jaxllm.core.walk import inputs_of
+from jaxllm.core.walk import Monitor, Seen, inputs_of, walk
+from jaxllm.core.weights import ActivationQuantized
 from jaxllm.models import MLP, Attention, Layer, Norm, Transformer, init
 
 LLAMA = Layer(Attention(4, 2, 8), MLP(32))
@@ -134,3 +140,105 @@ def test_migration_centres_and_shrinks_and_keeps_the_logits(model, batches):
     plain = migrated(shift=False)(strong, batches)
     same_function(strong, plain, batches[0].tokens)
     assert get(plain.params, path)["bias"].argmax() == 5
+
+
+FAMILIES = {"scaling": scaling(), "affine": affine()}
+
+
+def recipe_of(model, batches, family):
+    """A block's recipe, parameters and perturbed theta, and its inputs."""
+    path, block = model.config.blocks()[0]
+    whole = Recipe(clipping(3, 16), family, ActivationFormat(4))
+    recipe = whole.inside(path, model.config.linears(), model.config.sites())
+    params = get(model.params, path)
+    steps = jnp.broadcast_to(jnp.arange(24), (4, 24))
+    items = tuple(
+        (model.config.embed(model.params, b.tokens), (steps, None, None))
+        for b in batches
+    )
+    seen = Seen({}, block, items)
+    theta = recipe.start(params, seen, path, jax.random.key(4))
+    leaves, tree = jax.tree.flatten(theta)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    moved = [
+        x + 0.2 * jax.random.normal(k, x.shape)
+        for x, k in zip(leaves, keys, strict=True)
+    ]
+    theta = jax.tree.unflatten(tree, moved)
+    return recipe, params, theta, seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_learned_families_keep_the_function_and_render_what_is_soft(
+    family, model, batches
+):
+    """For any theta: no rounding, no change; the stored block is the soft one."""
+    recipe, params, theta, seen = recipe_of(model, batches, FAMILIES[family])
+    hidden, rest = seen.inputs[0]
+    progress = jnp.ones(())
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(change, theta):
+        return target(seen.block, change(theta, params, progress), hidden, rest)
+
+    before = target(seen.block, params, hidden, rest)
+    peak = float(jnp.abs(before).max())
+    np.testing.assert_allclose(run(recipe.changed, theta), before, atol=2e-5 * peak)
+    soft, stored = run(recipe, theta), run(recipe.render, theta)
+    assert jnp.abs(soft - before).mean() > 1e-2
+    apart = jnp.abs(soft - stored)  # a tie of rounding may fall either way
+    assert apart.mean() < 1e-3 * jnp.abs(soft).mean()
+    slopes = jax.jit(jax.grad(lambda t: (run(recipe, t) ** 2).sum()))(theta)
+    found = jax.tree_util.tree_flatten_with_path(slopes)[0]
+    still = [p for p, g in found if not jnp.any(g != 0)]
+    assert not still, still
+
+
+def test_affine_maps_stay_well_conditioned():
+    """Whatever is learned, and the gradual mask starts from the diagonal."""
+    wild = 100 * jax.random.normal(jax.random.key(6), (3, 8, 8))
+    full, none = _dominant(wild, 0.5, jnp.ones(())), _dominant(wild, 0.5, jnp.zeros(()))
+    assert max(np.linalg.cond(a, np.inf) for a in np.asarray(full)) < 3.0 + 1e-4
+    assert (full != 0).all()
+    np.testing.assert_array_equal(none, jnp.broadcast_to(jnp.eye(8), none.shape))
+    half = _dominant(wild, 0.5, jnp.asarray(0.5))
+    assert half[0, 0, 3] != 0 and half[0, 0, 4] == 0
+
+
+def test_a_block_never_ends_above_its_start(batches):
+    model, spec = build("llama"), "omniquant(3, 16, 4, epochs={}, rates=({}, {}))"
+
+    def errors(*arguments):
+        monitor = Monitor(progress=False)
+        methods.parse(spec.format(*arguments))(model, batches, monitor=monitor)
+        return [(e["error_before"], e["error_after"]) for e in monitor.events]
+
+    tame = errors(6, 0.02, 0.05)
+    assert len(tame) == 2 and all(after < before for before, after in tame)
+    assert all(after <= before for before, after in errors(2, 1e3, 1e3))
+
+
+@pytest.mark.parametrize("symmetric", (True, False))
+def test_soft_rounding_has_the_values_of_the_format(symmetric):
+    x = jax.random.normal(jax.random.key(8), (6, 40))
+    format = ActivationFormat(3, symmetric=symmetric)
+    soft = SoftInput(jnp.eye(40), format)
+    stored = ActivationQuantized(jnp.eye(40), format)
+    np.testing.assert_allclose(soft.dot(x), stored.dot(x), atol=1e-6)
+    slope = jax.grad(lambda x: soft.dot(x).sum())(x)
+    assert (slope != 0).all() and jnp.isfinite(slope).all()
+
+
+def test_the_walk_carries_the_unchanged_model_along(batches):
+    model, seen_by = build("llama"), {}
+
+    def visit(params, path, seen):
+        seen_by[path] = seen
+        return jax.tree.map(jnp.zeros_like, params)
+
+    walk(model, batches, (), visit, exact=True, wants=lambda p: p.startswith("layers"))
+    second = seen_by["layers.1"]
+    block, own = model.config.blocks()[0][1], get(model.params, "layers.0")
+    for first, later in zip(seen_by["layers.0"].exact, second.exact, strict=True):
+        np.testing.assert_allclose(target(block, own, *first), later[0], atol=1e-5)
+    assert jnp.abs(second.exact[0][0] - second.inputs[0][0]).max() > 0.1

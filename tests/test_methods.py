@@ -33,6 +33,8 @@ EXAMPLES = {
     "int2_1": {"rank": 2},
     "shiftaddllm": {"steps": 4},
     "abq_llm": {"epochs": 1},
+    "omniquant": {"epochs": 1},
+    "affinequant": {"epochs": 1},
 }
 BODY = {"quantize", "prune", "factorize"}
 # Structured methods change shapes, by the data: tests/test_structure.py has their laws.

@@ -54,6 +54,8 @@ REFUSED = {
     ("gpt", "slicegpt"): "only RMS norms",
     ("moe", "dfloat11"): "takes dense matrices only",
     ("moe", "abq_llm"): "expert weights are not reconstructed",
+    ("moe", "omniquant"): "expert weights are not reconstructed",
+    ("moe", "affinequant"): "expert weights are not reconstructed",
     ("moe", "pst"): "expert weights are not reconstructed",
 }
 TOKENS = jax.ShapeDtypeStruct((4, 24), jnp.int32)

@@ -79,15 +79,23 @@ def _movable(params, site: Site, chosen: set[str]) -> bool:
 
 def _found(plan, params, site: Site, samples):
     """(1 / s, z) of a site; z is None where no producer takes it."""
-    high = jnp.stack([_range(s.x, s) for s in samples]).max(0)
-    low = -jnp.stack([_range(-s.x, s) for s in samples]).max(0)
-    high, low = pooled(site, high), -pooled(site, -low)
-    shift = (high + low) / 2 if plan[3] and shiftable(site) else jnp.zeros_like(high)
-    peak = jnp.maximum(jnp.maximum(high - shift, shift - low), SMALL)
+    moves = plan[3] and shiftable(site)
+    shift, peak = centred(site, samples, moves)
     ws = tuple(get(params, f"{p}.weight").astype(jnp.float32) for p in site.consumers)
     errors = sum(_errors(plan, ws, peak, s.x - shift[None], s.weights) for s in samples)
     factor = 1 / _scale(peak, (jnp.argmin(errors) + 1) / plan[2])
-    return factor, shift if plan[3] and shiftable(site) else None
+    return factor, shift if moves else None
+
+
+def centred(site: Site, samples, shift: bool):
+    """z and max|x - z| per input channel, equal for repeated heads.
+
+    z is the middle of the channel's range over all ``samples``, or zero.
+    """
+    high = pooled(site, jnp.stack([_range(s.x, s) for s in samples]).max(0))
+    low = -pooled(site, jnp.stack([_range(-s.x, s) for s in samples]).max(0))
+    middle = (high + low) / 2 if shift else jnp.zeros_like(high)
+    return middle, jnp.maximum(jnp.maximum(high - middle, middle - low), SMALL)
 
 
 def _range(x, samples):

@@ -7,6 +7,7 @@ that is stored. ``soft`` and ``render`` stand for the same values.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -98,15 +99,20 @@ def reconstruct(parametrization, *, epochs: int = 10, rate: float = 5e-3):
 
         def visit(params, block, seen: Seen):
             mine = tuple(p for p in paths if inside(p, block))
-            ws = {p: _dense(params, p) for p in mine}
+            ws = {p: dense(params, p) for p in mine}
             start = parametrization.call.start
             keys = {p: layer_key(context.key, p) for p in mine}
-            theta = {p: start(w, None, keys[p]) for p, w in ws.items()}
-            plan = _Plan(parametrization, seen.block, block, epochs, rate)
-            theta, errors = _learned(plan, theta, ws, get(params, block), seen.inputs)
-            seen.record(error_before=errors[0], error_after=errors[1])
+            theta = {
+                p.removeprefix(f"{block}."): start(w, None, keys[p])
+                for p, w in ws.items()
+            }
+            own = get(params, block)
+            plan = Plan(Each(parametrization), seen.block)
+            goals = [target(seen.block, own, *item) for item in seen.inputs]
+            best, _ = learned(plan, Pace(epochs, rate), theta, own, seen, goals)
             for p, w in ws.items():
-                made = parametrization.call.render(theta[p], w)
+                made = best[p.removeprefix(f"{block}.")]
+                made = parametrization.call.render(made, w)
                 params = put(params, f"{p}.weight", made)
             return params
 
@@ -125,7 +131,8 @@ def reconstruct(parametrization, *, epochs: int = 10, rate: float = 5e-3):
     return marked(run, needs=("inputs",))
 
 
-def _dense(params, path: str):
+def dense(params, path: str):
+    """The weight at a path in float32; what is not a dense matrix is refused."""
     w = get(params, f"{path}.weight")
     if weights.compressed(w):
         raise TypeError(f"{path} is {type(w).__name__}: reconstruct dense weights")
@@ -134,54 +141,76 @@ def _dense(params, path: str):
     return w.astype(jnp.float32)
 
 
-class _Plan(NamedTuple):
-    """The static part of one block's optimisation; equal blocks share compilations."""
+@dataclasses.dataclass(frozen=True)
+class Each:
+    """Soft parameters of a block in which each weight has its own theta, by path."""
 
     parametrization: Any
+
+    def __call__(self, theta, params, progress):
+        for path, own in theta.items():
+            soft = self.parametrization.call.soft(own, dense(params, path))
+            params = put(params, f"{path}.weight", soft)
+        return params
+
+
+class Plan(NamedTuple):
+    """The static part of one block's optimisation; equal blocks share compilations.
+
+    ``soft(theta, params, progress)`` gives the block's parameters; ``progress`` goes
+    from 0 in the first epoch to 1 in the last.
+    """
+
+    soft: Callable[..., Any]
     block: Any
-    path: str
+
+
+class Pace(NamedTuple):
+    """How many epochs, and Adam's rate: one, or one for each part of theta by name."""
+
     epochs: int
-    rate: float
+    rate: float | dict[str, float]
 
 
-def _learned(plan: _Plan, theta, ws, params, inputs):
-    """The best theta and the errors (at the start, of the best)."""
-    short = {p: p.removeprefix(f"{plan.path}.") for p in ws}
-    ws = {short[p]: w for p, w in ws.items()}
-    theta = {short[p]: t for p, t in theta.items()}
-    static = plan._replace(path="")
-    optimizer = optax.adam(plan.rate)
-    state = optimizer.init(theta)
-    goals = [_target(static, params, hidden, rest) for hidden, rest in inputs]
+def learned(plan: Plan, pace: Pace, theta, params, seen: Seen, goals):
+    """(best theta, its progress) after Adam, one step per batch and epoch.
 
-    def total(theta):
-        pairs = zip(inputs, goals, strict=True)
-        losses = [_loss(static, theta, ws, params, *x, y) for x, y in pairs]
+    The mean squared error to the ``goals`` (outputs, one per batch of inputs) is
+    measured after every epoch and noted; its least value, the start's included, wins.
+    """
+    state, batches = optax.scale_by_adam().init(theta), seen.inputs
+
+    def total(theta, progress):
+        pairs = zip(batches, goals, strict=True)
+        losses = [_loss(plan, theta, params, progress, *x, y) for x, y in pairs]
         return jnp.stack(losses).mean()
 
-    first = least = total(theta)
-    best = theta
-    for _ in range(plan.epochs):
-        for (hidden, rest), goal in zip(inputs, goals, strict=True):
-            theta, state = _step(static, theta, state, ws, params, hidden, rest, goal)
-        now = total(theta)
+    progress = jnp.zeros(())
+    best, first = (theta, progress), total(theta, progress)
+    least = first
+    for epoch in range(pace.epochs):
+        progress = jnp.asarray(epoch / max(pace.epochs - 1, 1))
+        for (hidden, rest), goal in zip(batches, goals, strict=True):
+            inputs = (params, progress, hidden, rest, goal)
+            theta, state = _step(plan, theta, state, pace.rate, *inputs)
+        now = total(theta, progress)
         keep = functools.partial(jnp.where, now < least)
-        best = jax.tree.map(keep, theta, best)
-        least = keep(now, least)  # a diverged loss is no number
-    return {p: best[short[p]] for p in short}, (first, least)
+        best = jax.tree.map(keep, (theta, progress), best)
+        least = keep(now, least)  # not the minimum: a diverged loss is no number
+    seen.record(error_before=first, error_after=least)
+    return best
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _target(plan: _Plan, params, hidden, rest):
-    return plan.block.run(params, hidden, *rest)[0]
+def target(block, params, hidden, rest):
+    """What a block makes of one batch."""
+    return block.run(params, hidden, *rest)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _loss(plan: _Plan, theta, ws, params, hidden, rest, goal):
+def _loss(plan: Plan, theta, params, progress, hidden, rest, goal):
     """Mean squared error of the block's output over tokens that count."""
-    for path, w in ws.items():
-        soft = plan.parametrization.call.soft(theta[path], w)
-        params = put(params, f"{path}.weight", soft)
+    params = plan.soft(theta, params, progress)
     error = (plan.block.run(params, hidden, *rest)[0] - goal).astype(jnp.float32) ** 2
     share = rest[2]
     if share is None:
@@ -190,8 +219,13 @@ def _loss(plan: _Plan, theta, ws, params, hidden, rest, goal):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _step(plan: _Plan, theta, state, ws, params, hidden, rest, goal):
-    grads = jax.grad(_loss, 1)(plan, theta, ws, params, hidden, rest, goal)
+def _step(plan: Plan, theta, state, rate, params, progress, hidden, rest, goal):
+    grads = jax.grad(_loss, 1)(plan, theta, params, progress, hidden, rest, goal)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
-        updates, state = optax.adam(plan.rate).update(grads, state)
-        return optax.apply_updates(theta, updates), state
+        updates, state = optax.scale_by_adam().update(grads, state)
+
+    def moved(path, value, update):
+        own = rate[path[0].key] if isinstance(rate, dict) else rate
+        return value - own * update
+
+    return jax.tree_util.tree_map_with_path(moved, theta, updates), state

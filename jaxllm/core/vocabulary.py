@@ -9,6 +9,7 @@ from types import ModuleType
 
 from jaxllm.core import (
     additive,
+    affine,
     allocate,
     channel_scales,
     codebooks,
@@ -24,6 +25,7 @@ from jaxllm.core import (
     inputs,
     l0,
     latency,
+    learned,
     masks,
     metrics,
     mixtures,
@@ -52,6 +54,7 @@ from jaxllm.core.formats import activation, base, mixed, tables
 
 MODULES: tuple[ModuleType, ...] = (
     additive,
+    affine,
     allocate,
     channel_scales,
     codebooks,
@@ -71,6 +74,7 @@ MODULES: tuple[ModuleType, ...] = (
     inputs,
     l0,
     latency,
+    learned,
     masks,
     metrics,
     mixtures,

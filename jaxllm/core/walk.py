@@ -28,13 +28,15 @@ class Seen:
     """What a visit sees of a block besides the parameters.
 
     ``stats`` by the full path of the tap; ``inputs``: per batch, the hidden states in
-    front of the block and (positions, segments, weights); ``block`` is its static
+    front of the block and (positions, segments, weights); ``exact``: the same of the
+    unchanged model, where the walk carries them; ``block`` is the block's static
     definition (None for the head). ``record`` adds to the monitor's event.
     """
 
     stats: dict[str, Stats]
     block: Any = None
     inputs: tuple = ()
+    exact: tuple = ()
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def record(self, **values) -> None:
@@ -98,21 +100,23 @@ def walk(
     monitor: Monitor | None = None,
     wants: Callable[[str], bool] = lambda path: True,
     inputs: bool = False,
+    exact: bool = False,
 ) -> Model:
     """Visit every block in order and return the model with the new parameters.
 
     ``visit(params, path, seen)`` gets the whole parameters, the block's path and what
     was ``Seen`` of it, and returns the parameters with that block changed; blocks for
     which ``wants(path)`` is false are passed through. Without ``needs`` (or
-    ``inputs``) nothing runs forward and ``batches`` is not read.
+    ``inputs``) nothing runs forward and ``batches`` is not read. ``exact`` carries the
+    hidden states of the unchanged model along.
     """
     monitor = monitor or Monitor(progress=False)
     config, params = model.config, model.params
-    forward = bool(needs) or inputs
+    forward = bool(needs) or inputs or exact
     states = _Hidden(config, params, batches if forward else (), monitor.offload)
-    dense = (
-        _Hidden(config, params, batches, monitor.offload) if "drift" in needs else None
-    )
+    dense = None
+    if exact or "drift" in needs:
+        dense = _Hidden(config, params, batches, monitor.offload)
     blocks = config.blocks()
     last = max((i for i, (path, _) in enumerate(blocks) if wants(path)), default=-1)
     for i, (path, block) in enumerate(monitor.track(blocks, label, len(blocks))):
@@ -122,7 +126,8 @@ def walk(
 
             def make(params, path=path, block=block, notes=notes):
                 stats = states.collect(block, get(params, path), path, needs, dense)
-                return visit(params, path, Seen(stats, block, states.items, notes))
+                own = () if dense is None else dense.items
+                return visit(params, path, Seen(stats, block, states.items, own, notes))
 
             params = _resumed(params, path, monitor, make)
             _note(monitor, dict(step=label, path=path), start, params, notes)

@@ -1,0 +1,124 @@
+"""Families of learned equivalences: scale and shift, affine within heads."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from jaxllm.core.equivalences import SMALL, fold, pooled, row_peak, shiftable
+from jaxllm.core.learned import Equivalence
+from jaxllm.core.migration import centred
+from jaxllm.core.model import Params, Site, get, put
+from jaxllm.core.spec import expression
+
+
+@expression
+def scaling(alpha: float = 0.5, shift: bool = True):
+    """x~ = (x - z) / s where a norm or the values take it (OmniQuant, eq. 3).
+
+    At first s = max|x - z|^alpha / max|w|^(1 - alpha) and z is the middle of each
+    channel's range; log s is learned, which keeps s positive. The input of the second
+    feed-forward matrix stays as it is.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha {alpha}; accepted: 0 to 1")
+
+    def start(ws, site: Site, samples, key):
+        if not shiftable(site):
+            return {}
+        middle, peak = centred(site, samples, shift)
+        wide = jnp.maximum(pooled(site, row_peak(ws)), SMALL)
+        theta = dict(scale=jnp.log(peak**alpha / wide ** (1 - alpha)))
+        if shift:
+            theta["shift"] = middle
+        return {name: _of_producer(site, value) for name, value in theta.items()}
+
+    def change(theta, params, site: Site, progress):
+        factor = jnp.exp(-_to_input(site, theta["scale"]))
+        z = _to_input(site, theta["shift"]) if shift else None
+        return fold(params, site, factor, z)
+
+    return Equivalence(start, change)
+
+
+def _of_producer(site: Site, values):
+    """One value per channel of the producer, of those that repeated heads share."""
+    if site.repeat == 1:
+        return values
+    return values.reshape(-1, site.repeat, site.head_dim)[:, 0].ravel()
+
+
+def _to_input(site: Site, values):
+    """The producer's channels as the consumers see them."""
+    if site.repeat == 1:
+        return values
+    heads = values.reshape(-1, 1, site.head_dim)
+    return jnp.repeat(heads, site.repeat, 1).ravel()
+
+
+def _of_values(site: Site) -> bool:
+    """Whether attention mixes the site's input from values, head by head."""
+    return site.kind == "linear" and site.head_dim > 1 and site.producer is not None
+
+
+@expression
+def affine(alpha: float = 0.5, shift: bool = True, share: float = 0.5):
+    """x~ = (x - z) A^-1, A W with A full within each head of the values (AffineQuant).
+
+    A = diag(s) (I + E), arXiv:2403.12544, eq. 2 to 6: the gradual mask lets entries
+    |i - j| <= progress (d - 1) of E be non-zero. A row of E adds up to less than
+    ``share`` < 1 whatever is learned, so that I + E is strictly diagonally dominant
+    (Levy-Desplanques) and its condition below (1 + share) / (1 - share); the paper
+    scales E by a small factor instead. Behind norms A is diagonal, which costs nothing.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share {share}; accepted: 0 < share < 1")
+    plain = scaling(alpha, shift).call
+
+    def start(ws, site: Site, samples, key):
+        theta = plain.start(ws, site, samples, key)
+        if theta and _of_values(site):
+            heads = len(theta["scale"]) // site.head_dim
+            theta["mix"] = jnp.zeros((heads, site.head_dim, site.head_dim))
+        return theta
+
+    def change(theta, params, site: Site, progress):
+        params = plain.change(theta, params, site, progress)
+        if "mix" not in theta:
+            return params
+        inner = _dominant(theta["mix"], share, progress)
+        return through_heads(params, site, jnp.linalg.inv(inner), inner)
+
+    return Equivalence(start, change)
+
+
+def _dominant(mix, share: float, progress):
+    """I + E, [heads, d, d]: E banded, its rows below ``share`` in absolute sum."""
+    d = mix.shape[-1]
+    place = jnp.arange(d, dtype=jnp.float32)
+    apart = jnp.abs(place[:, None] - place[None])
+    band = (apart > 0) & (apart <= jnp.floor(progress * (d - 1)))
+    mixed = jnp.tanh(mix) * share / max(d - 1, 1)
+    return jnp.where(band[None], mixed, 0.0) + jnp.eye(d)[None]
+
+
+def through_heads(params: Params, site: Site, forward, back) -> Params:
+    """Each head's values through ``forward`` [heads, d, d], and o through ``back``.
+
+    ``back`` is the inverse of ``forward``; query heads share their values' matrix.
+    """
+    d = site.head_dim
+
+    def turned(v):
+        heads = v.reshape(*v.shape[:-1], -1, d)
+        return jnp.einsum("...hd,hde->...he", heads, forward).reshape(v.shape)
+
+    producer = site.producer or ""  # a site of values has one: see _of_values
+    group = get(params, producer)
+    params = put(params, producer, {n: turned(v) for n, v in group.items()})
+    wide = jnp.repeat(back, site.repeat, 0)
+    for path in site.consumers:
+        w = get(params, f"{path}.weight")
+        rows = w.reshape(-1, d, w.shape[-1])
+        made = jnp.einsum("hde,heo->hdo", wide, rows).reshape(w.shape)
+        params = put(params, f"{path}.weight", made)
+    return params
