@@ -15,7 +15,7 @@ from jaxllm.core.batch import Batch
 from jaxllm.core.compose import transform
 from jaxllm.core.equivalences import fold, pooled, shiftable
 from jaxllm.core.formats import ActivationFormat, Integer
-from jaxllm.core.learned import Recipe, SoftInput
+from jaxllm.core.learned import Recipe, softened
 from jaxllm.core.migration import migrate
 from jaxllm.core.model import get, put
 from jaxllm.core.reconstruct import clipping, target
@@ -222,7 +222,7 @@ def test_a_block_never_ends_above_its_start(batches):
 def test_soft_rounding_has_the_values_of_the_format(symmetric):
     x = jax.random.normal(jax.random.key(8), (6, 40))
     format = ActivationFormat(3, symmetric=symmetric)
-    soft = SoftInput(jnp.eye(40), format)
+    soft = ActivationQuantized(jnp.eye(40), softened(format))
     stored = ActivationQuantized(jnp.eye(40), format)
     np.testing.assert_allclose(soft.dot(x), stored.dot(x), atol=1e-6)
     slope = jax.grad(lambda x: soft.dot(x).sum())(x)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.core import metrics
+from jaxllm.core.arrays import as_stored
 from jaxllm.core.spec import expression
 from jaxllm.core.vectors import start_tables
 from jaxllm.core.weights import OutputTransformed, Scale, Vectors
@@ -45,15 +46,15 @@ def additive(
         dense = jnp.pad(w.astype(jnp.float32), ((0, short), (0, 0)))
         h = jnp.pad(metric(stats, len(w)).full(), ((0, short), (0, short)))
         h = h / jnp.diagonal(h).mean()
-        scale = _stored(jnp.maximum(jnp.sqrt((dense**2).mean(0)), 1e-12))
+        scale = as_stored(jnp.maximum(jnp.sqrt((dense**2).mean(0)), 1e-12))
         cost = jnp.maximum(jnp.diagonal(h), 0.0).reshape(-1, length) + 1e-6
         key = jax.random.key(0) if key is None else key
         plan = stages, bits, 30
         tables, codes = start_tables(dense / scale[None], cost, plan, key)
         for _ in range(rounds):
             codes = beam_codes(dense / scale[None], h, tables, codes, beams)
-            tables = _stored(fitted_tables(dense, h, scale, tables, codes, steps))
-            scale = _stored(_fitted_scale(dense, h, decoded(tables, codes), scale))
+            tables = as_stored(fitted_tables(dense, h, scale, tables, codes, steps))
+            scale = as_stored(_fitted_scale(dense, h, decoded(tables, codes), scale))
         codes = beam_codes(dense / scale[None], h, tables, codes, beams)
         packed = jnp.transpose(codes, (2, 1, 0)).astype(jnp.uint8)
         table = tables.astype(jnp.bfloat16)
@@ -61,10 +62,6 @@ def additive(
         return OutputTransformed(Scale(scale.astype(jnp.bfloat16)), made)
 
     return solve
-
-
-def _stored(x):
-    return x.astype(jnp.bfloat16).astype(jnp.float32)
 
 
 def decoded(

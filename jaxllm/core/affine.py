@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jaxllm.core.equivalences import SMALL, fold, pooled, row_peak, shiftable
+from jaxllm.core.equivalences import (
+    SMALL,
+    fold,
+    input_channels,
+    pooled,
+    producer_channels,
+    row_peak,
+    shiftable,
+)
 from jaxllm.core.learned import Equivalence
 from jaxllm.core.migration import centred
 from jaxllm.core.model import Params, Site, get, put
@@ -30,29 +38,14 @@ def scaling(alpha: float = 0.5, shift: bool = True):
         theta = dict(scale=jnp.log(peak**alpha / wide ** (1 - alpha)))
         if shift:
             theta["shift"] = middle
-        return {name: _of_producer(site, value) for name, value in theta.items()}
+        return {name: producer_channels(site, value) for name, value in theta.items()}
 
     def change(theta, params, site: Site, progress):
-        factor = jnp.exp(-_to_input(site, theta["scale"]))
-        z = _to_input(site, theta["shift"]) if shift else None
+        factor = jnp.exp(-input_channels(site, theta["scale"]))
+        z = input_channels(site, theta["shift"]) if shift else None
         return fold(params, site, factor, z)
 
     return Equivalence(start, change)
-
-
-def _of_producer(site: Site, values):
-    """One value per channel of the producer, of those that repeated heads share."""
-    if site.repeat == 1:
-        return values
-    return values.reshape(-1, site.repeat, site.head_dim)[:, 0].ravel()
-
-
-def _to_input(site: Site, values):
-    """The producer's channels as the consumers see them."""
-    if site.repeat == 1:
-        return values
-    heads = values.reshape(-1, 1, site.head_dim)
-    return jnp.repeat(heads, site.repeat, 1).ravel()
 
 
 def _of_values(site: Site) -> bool:

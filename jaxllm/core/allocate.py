@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 
 from jaxllm.core import weights
+from jaxllm.core.arrays import traced
 from jaxllm.core.compose import (
     Context,
     Pipeline,
@@ -108,7 +108,7 @@ def assigned(
         found = measured(model, context, pipelines, price, read)
         losses = [[loss for loss, _ in found[path]] for path in paths]
         costs = [[cost for _, cost in found[path]] for path in paths]
-        if any(isinstance(x, jax.core.Tracer) for row in losses for x in row):
+        if traced(losses):
             losses = [[-cost for cost in row] for row in costs]
         budget = np.inf
         if bits is not None:

@@ -26,3 +26,13 @@ def to_rank(x: jax.Array, ndim: int) -> jax.Array:
     (1, 3)
     """
     return jnp.expand_dims(x, tuple(range(ndim - x.ndim)))
+
+
+def as_stored(x: jax.Array) -> jax.Array:
+    """``x`` in float32 with the values of bfloat16, in which scales are stored."""
+    return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def traced(tree: Any) -> bool:
+    """Whether only shapes are known of some leaf: nothing may be decided by values."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxllm.core.arrays import to_rank
+from jaxllm.core.arrays import as_stored, to_rank
 from jaxllm.core.formats import TINY
 from jaxllm.core.scales import per_entry
 from jaxllm.core.weights import Codebook, Planes
@@ -45,7 +45,7 @@ class Centroids:
         if support is not None:
             weight = jnp.where(support, weight, 0.0)
         found = jax.vmap(self._lloyd, (1, 1), 1)(block, weight)
-        return found.astype(jnp.bfloat16).astype(jnp.float32)
+        return as_stored(found)
 
     def _lloyd(self, w: Float[Array, "n"], weight) -> Float[Array, "entries"]:
         count = 2**self.bits
@@ -167,7 +167,7 @@ class DigitPlanes:
             kept = 2.0**power
         else:
             kept = kept.astype(self.dtype).astype(jnp.float32)
-        rest = alpha[self.planes :].astype(jnp.bfloat16).astype(jnp.float32)
+        rest = as_stored(alpha[self.planes :])
         return jnp.concatenate((kept, rest))
 
     def _nearest(self, values: Float[Array, "... out"], alpha):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxllm.core.arrays import as_stored
 from jaxllm.core.formats import TINY, Format
 from jaxllm.core.reconstruct import Parametrization, straight_through
 from jaxllm.core.scales import Grid, fit_all, group_of, mse
@@ -42,7 +43,7 @@ def compensated(format: Format, group_size: int | None = None, rank: int = 1):
         peak = peaks(w, len(theta["gamma"]))
         scale = jax.nn.sigmoid(theta["gamma"]) * peak / format.largest
         scale = jnp.maximum(scale, TINY)
-        stored = scale.astype(jnp.bfloat16).astype(jnp.float32)
+        stored = as_stored(scale)
         return w, straight_through(stored, scale)
 
     def soft(theta, w):

@@ -19,7 +19,8 @@ from jaxllm.core.model import Model, get, layer_key, put, select
 from jaxllm.core.spec import Expression, expression, marked, walk_expressions
 from jaxllm.core.stats import Stats, abstract_stats
 from jaxllm.core.walk import Monitor, Seen, walk
-from jaxllm.core.weights import ActivationQuantized, Sum, materialize, refine
+from jaxllm.core.weights import Sum, materialize, refine
+from jaxllm.core.weights.activation import round_input
 
 FEW_TOKENS = 64
 
@@ -148,7 +149,7 @@ class Pipeline:
         if self.correct is not None:
             error = materialize(w) - materialize(made)
             made = _added(made, self.correct(error, stats, key))
-        return made if self.activations is None else _rounded(made, self.activations)
+        return made if self.activations is None else round_input(made, self.activations)
 
     def _dense(self, key, dense, stats, support):
         if self.split is None:
@@ -265,15 +266,6 @@ def measured(model: Model, context: Context, pipelines, loss, needs) -> dict:
 
 def _added(w, term) -> Sum:
     return Sum((*w.terms, term)) if isinstance(w, Sum) else Sum((w, term))
-
-
-def _rounded(w, format: ActivationFormat) -> weights.Weight:
-    """Round what reaches the weight: after any online transform, not before."""
-    if isinstance(w, weights.Transformed):
-        return dataclasses.replace(w, inner=_rounded(w.inner, format))
-    if isinstance(w, ActivationQuantized):
-        return dataclasses.replace(w, format=format)
-    return ActivationQuantized(w, format)
 
 
 def inside(path: str, block: str) -> bool:

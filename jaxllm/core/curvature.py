@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.core.batch import Batch
-from jaxllm.core.model import Model, Params, layer_key, put
+from jaxllm.core.model import Model, Params, layer_key, with_weights
 from jaxllm.core.slopes import cross_entropy, dense_weights
 from pallas_kernels import backend
 
@@ -45,10 +45,7 @@ def _probed(config, params: Params, ws, signs, batch: Batch) -> Traces:
     """vT H v of every weight; kernels have no second derivative, the reference has."""
 
     def loss(ws):
-        inside = params
-        for path, w in ws.items():
-            inside = put(inside, f"{path}.weight", w)
-        return cross_entropy(Model(inside, config), batch)
+        return cross_entropy(with_weights(Model(params, config), ws), batch)
 
     with backend("reference"):
         product = jax.jvp(jax.grad(loss), (ws,), (signs,))[1]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.core.arrays import traced
 from jaxllm.core.compose import Context
 from jaxllm.core.model import Model, get
 from jaxllm.core.slicing import cut_layers
@@ -64,13 +65,10 @@ def drop_layers(score, count: int, *, again: bool = False):
     ``again`` scores what is left after every removal. Where only shapes are known,
     the last layers go.
     """
-    if count < 0:
-        raise ValueError(f"count {count}; accepted: at least 0")
+    check_count(count)
 
     def run(model: Model, context: Context) -> Model:
-        depth = len(model.config.blocks())
-        if count >= depth:
-            raise ValueError(f"{count} of {depth} layers; at least one has to stay")
+        check_count(count, len(model.config.blocks()))
         for gone in (1,) * count if again else (count,) * bool(count):
             model = _without(model, score(model, context.calibration), gone)
         return model
@@ -78,9 +76,17 @@ def drop_layers(score, count: int, *, again: bool = False):
     return marked(run, whole=True)
 
 
+def check_count(count: int, depth: int | None = None) -> None:
+    """Refuse to remove fewer than no layers, or all of ``depth``."""
+    if count < 0:
+        raise ValueError(f"count {count}; accepted: at least 0")
+    if depth is not None and count >= depth:
+        raise ValueError(f"{count} of {depth} layers; at least one has to stay")
+
+
 def _without(model: Model, scores: list[jax.Array], count: int) -> Model:
-    traced = any(isinstance(s, jax.core.Tracer) for s in scores)
-    known = -np.arange(len(scores)) if traced else np.asarray(scores, np.float64)
+    hidden = traced(scores)
+    known = -np.arange(len(scores)) if hidden else np.asarray(scores, np.float64)
     order = np.argsort(known, kind="stable")
     gone = set(order[:count].tolist())
     return cut_layers(model, tuple(i for i in range(len(scores)) if i not in gone))

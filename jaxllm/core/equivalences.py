@@ -140,10 +140,10 @@ def _into(params: Params, producer: str, site: Site, factor, shift=None) -> Para
     group = get(params, producer)
     if shift is not None:
         dtype = group["weight" if site.kind == "linear" else "scale"].dtype
-        less = -_producer_channels(site, shift)
+        less = -producer_channels(site, shift)
         group = group | {"bias": _plus(group.get("bias"), less, dtype)}
     if site.kind == "linear":
-        kept = _producer_channels(site, factor)
+        kept = producer_channels(site, factor)
         w = group["weight"]
         if weights.compressed(w):
             raise TypeError(f"{producer} is {type(w).__name__}: rescale first")
@@ -163,8 +163,16 @@ def _times(x, factor):
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
-def _producer_channels(site: Site, factor):
+def producer_channels(site: Site, factor):
     """One factor per producer channel: repeated heads share theirs."""
     if site.repeat == 1:
         return factor
     return factor.reshape(-1, site.repeat, site.head_dim)[:, 0].reshape(-1)
+
+
+def input_channels(site: Site, values):
+    """The producer's channels as the consumers see them: one head's serve several."""
+    if site.repeat == 1:
+        return values
+    heads = values.reshape(-1, 1, site.head_dim)
+    return jnp.repeat(heads, site.repeat, 1).ravel()

@@ -16,8 +16,10 @@ import numpy as np
 
 from jaxllm.core import weights
 from jaxllm.core.allocate import pipeline_of
+from jaxllm.core.arrays import traced
 from jaxllm.core.compose import Context, Pipeline, measured
-from jaxllm.core.model import Model, get, put
+from jaxllm.core.depth import check_count
+from jaxllm.core.model import Model, get, with_weights
 from jaxllm.core.slicing import cut_layers
 from jaxllm.core.spec import expression, marked
 from jaxllm.core.weights import materialize
@@ -159,20 +161,18 @@ def evolve_levels(options, bits: float, plan: Evolution = Evolution()):
             found[path].sort(key=lambda pair: pair[1])
         costs = [[size for _, size in found[path]] for path in paths]
         entries = sum(weights.size(get(model.params, f"{p}.weight")) for p in paths)
-        traced = _traced(found)
-        rng = np.random.default_rng(0) if traced else _generator(context.key)
+        hidden = traced(found)
+        rng = np.random.default_rng(0) if hidden else _generator(context.key)
         budget = bits * entries / 8
         levels = filled(costs, budget, rng)
 
         def build(levels: Levels, stored: bool) -> Model:
-            params = model.params
-            for path, at in zip(paths, levels, strict=True):
-                made = found[path][at][0]
-                w = made if stored else _dense(made)
-                params = put(params, f"{path}.weight", w)
-            return model.replace(params=params)
+            made = {p: found[p][at][0] for p, at in zip(paths, levels, strict=True)}
+            if not stored:
+                made = {path: _dense(w) for path, w in made.items()}
+            return with_weights(model, made)
 
-        if not traced:
+        if not hidden:
             judge = divergence(model, context.calibration)
             fitness = lambda x, n: judge(build(x, False), n)  # noqa: E731
             levels = evolve(levels, level_switch(costs, budget), fitness, plan, rng)
@@ -189,18 +189,16 @@ def evolve_depth(count: int, plan: Evolution = Evolution()):
     A mutation exchanges one to three layers for others; the judge is that of
     ``evolve_levels``. Where only shapes are known, the last layers go.
     """
-    if count < 0:
-        raise ValueError(f"count {count}; accepted: at least 0")
+    check_count(count)
 
     def run(model: Model, context: Context) -> Model:
         depth = len(model.config.blocks())
-        if count >= depth:
-            raise ValueError(f"{count} of {depth} layers; at least one has to stay")
+        check_count(count, depth)
         start = (1,) * (depth - count) + (0,) * count
         build = lambda x: cut_layers(  # noqa: E731
             model, tuple(i for i in range(depth) if x[i])
         )
-        if count == 0 or _traced(model.params):
+        if count == 0 or traced(model.params):
             return build(start)
         judge = divergence(model, context.calibration)
         rng = _generator(context.key)
@@ -242,10 +240,6 @@ _dense = jax.jit(materialize)
 
 def _itself(path, w, made, stats):
     return made
-
-
-def _traced(tree) -> bool:
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
 def _generator(key) -> np.random.Generator:

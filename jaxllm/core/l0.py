@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from jaxllm.core.arrays import traced
 from jaxllm.core.compose import Context
-from jaxllm.core.model import Model, Params, Units, get, layer_key, put
+from jaxllm.core.model import Model, Params, Units, get, layer_key, put, weight
 from jaxllm.core.slopes import cross_entropy
 from jaxllm.core.spec import expression, marked
+from jaxllm.core.splits import adapter_factors
 from jaxllm.core.units import cut_and_mend, look, same_share, weakest_of_model
 
 LOW, HIGH, HEAT = -0.1, 1.1, 2 / 3  # the stretch and temperature of the paper
@@ -77,7 +79,7 @@ def learned_units(
         parts = look(model, context, set())
         if sparsity == 0:
             return model
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(model.params)):
+        if traced(model.params):
             kept = same_share(
                 parts, [jnp.zeros(p.units.count) for p in parts], sparsity
             )
@@ -99,7 +101,9 @@ def _learned(plan: _Plan, model: Model, context: Context, budget) -> dict[str, A
     gates = {u.path: jnp.full(u.count, OPEN) for u, _ in plan.parts}
     paths = [p for u, _ in plan.parts for p in (*u.outputs, u.input)] if rank else []
     adapters = {
-        p: _adapter(get(model.params, f"{p}.weight"), rank, layer_key(context.key, p))
+        p: adapter_factors(
+            layer_key(context.key, p), weight(model, p).shape, rank, jnp.float32
+        )
         for p in paths
     }
     theta = {"gates": gates, "adapters": adapters}
@@ -113,14 +117,6 @@ def _learned(plan: _Plan, model: Model, context: Context, budget) -> dict[str, A
             plan, model, theta, multipliers, state, batch, key, jnp.float32(goal)
         )
     return theta
-
-
-def _adapter(w, rank: int, key) -> tuple[Array, Array]:
-    """A as in LoRA, B = 0."""
-    bound = (3.0 / w.shape[-2]) ** 0.5
-    shape = (*w.shape[:-2], w.shape[-2], rank)
-    first = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-    return first, jnp.zeros((*w.shape[:-2], rank, w.shape[-1]), jnp.float32)
 
 
 def _gated(plan: _Plan, params: Params, gates, adapters) -> Params:

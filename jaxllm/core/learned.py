@@ -23,7 +23,6 @@ from jaxllm.core.model import Model, Params, Site, get, layer_key, put
 from jaxllm.core.reconstruct import Pace, Plan, dense, learned, straight_through, target
 from jaxllm.core.spec import expression, marked
 from jaxllm.core.walk import Seen, inputs_of, walk
-from jaxllm.core.weights.base import Wrapper
 
 
 class Equivalence(NamedTuple):
@@ -56,12 +55,12 @@ def learn(
     """
     if epochs < 1 or len(rates) != 2 or min(rates) <= 0:
         raise ValueError(f"epochs {epochs}, rates {rates}: at least 1, two above 0")
-    if activations is not None and activations.block is not None:
-        raise ValueError(f"{activations}: inputs are rounded per token here")
+    if activations is not None:
+        softened(activations)  # refuses blocks, before any compute
     pace = Pace(epochs, dict(sites=rates[0], weights=rates[1]))
 
     def run(model: Model, context: Context) -> Model:
-        paths = tuple(p for p in context.paths(model))
+        paths = tuple(context.paths(model))
         check_inside_blocks(model, paths)
         sites = tuple(s for s in model.config.sites() if set(paths) >= {*s.consumers})
         recipe = Recipe(rounding, equivalence, activations)
@@ -155,30 +154,27 @@ class Recipe:
     def __call__(self, theta, params, progress) -> Params:
         """The rounded block, with gradients."""
 
-        def soft(own, w):
-            made = self.rounding.call.soft(own, w)
-            return (
-                made if self.activations is None else SoftInput(made, self.activations)
-            )
-
-        return self._rounded(theta, params, progress, soft)
+        format = None if self.activations is None else softened(self.activations)
+        make = self.rounding.call.soft
+        return self._rounded(theta, params, progress, make, format)
 
     def render(self, theta, params, progress) -> Params:
         """The rounded block as it is stored; the same values as the soft one."""
 
-        def stored(own, w):
-            made = self.rounding.call.render(own, w)
-            if self.activations is None:
-                return made
-            return weights.ActivationQuantized(made, self.activations)
+        make = self.rounding.call.render
+        return self._rounded(theta, params, progress, make, self.activations)
 
-        return self._rounded(theta, params, progress, stored)
-
-    def _rounded(self, theta, params, progress, make) -> Params:
+    def _rounded(self, theta, params, progress, make, format) -> Params:
         params = self.changed(theta, params, progress)
         for path in self.paths:
             own = theta["weights"][path]
-            solve = lambda w, *_, own=own: make(own, w)  # noqa: E731
+
+            def solve(w, *_, own=own):
+                made = make(own, w)
+                if format is None:
+                    return made
+                return weights.ActivationQuantized(made, format)
+
             w = weights.refine(get(params, f"{path}.weight"), solve, None)
             params = put(params, f"{path}.weight", w)
         return params
@@ -189,35 +185,34 @@ def _stored(recipe: Recipe, theta, params, progress) -> Params:
     return recipe.render(theta, params, progress)
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SoftInput(Wrapper):
-    """y = round(x) W with gradients for x and W."""
-
-    inner: Any
-    format: ActivationFormat = dataclasses.field(metadata=dict(static=True))
-
-    def dot(self, x):
-        return weights.dot(soft_round(self.format, x), self.inner)
-
-
-def soft_round(format: ActivationFormat, x):
-    """``format.round(x)`` per token, with the gradients of s round(x / s).
+class Softened(ActivationFormat):
+    """The same rounding per token, with the gradients of s round(x / s).
 
     Rounding passes them straight; beyond a shrunk range it is the range's end that
     has them.
     """
-    wide = x.astype(jnp.float32)
-    if format.symmetric:
-        peak = jnp.abs(wide).max(-1, keepdims=True) * format.clip
-        wide = jnp.clip(wide, -peak, peak)
-    else:
-        high = jnp.maximum(wide.max(-1, keepdims=True), 0.0)
-        peak = (high - jnp.minimum(wide.min(-1, keepdims=True), 0.0)) * format.clip
-    scale = jnp.maximum(peak, 1e-9)
-    values = format.round(x).astype(jnp.float32)
-    unit = straight_through(values / scale, wide / scale)
-    return straight_through(values, unit * scale).astype(x.dtype)
+
+    def round(self, x):
+        wide = x.astype(jnp.float32)
+        if self.symmetric:
+            peak = jnp.abs(wide).max(-1, keepdims=True) * self.clip
+            wide = jnp.clip(wide, -peak, peak)
+        else:
+            high = jnp.maximum(wide.max(-1, keepdims=True), 0.0)
+            peak = (high - jnp.minimum(wide.min(-1, keepdims=True), 0.0)) * self.clip
+        scale = jnp.maximum(peak, 1e-9)
+        values = super().round(x).astype(jnp.float32)
+        unit = straight_through(values / scale, wide / scale)
+        return straight_through(values, unit * scale).astype(x.dtype)
+
+
+def softened(format: ActivationFormat) -> Softened:
+    """A format whose rounding has gradients; its ranges are those of whole tokens."""
+    if format.block is not None:
+        raise ValueError(f"{format}: inputs are rounded per token here")
+    fields = dataclasses.fields(format)
+    return Softened(**{field.name: getattr(format, field.name) for field in fields})
 
 
 def in_float32(params: Params) -> Params:

@@ -179,6 +179,13 @@ def with_weight(model: Model, path: str, value) -> Model:
     return model.replace(params=put(model.params, f"{path}.weight", value))
 
 
+def with_weights(model: Model, ws: dict[str, Any]) -> Model:
+    """The model with other weights at these paths."""
+    for path, w in ws.items():
+        model = with_weight(model, path, w)
+    return model
+
+
 def paths(params: Params, prefix: str = "") -> Iterator[str]:
     """Dotted paths of all parameter groups (dictionaries that hold leaves)."""
     for name, node in params.items():

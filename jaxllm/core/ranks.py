@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxllm.core.arrays import traced
 from jaxllm.core.compose import Context, Pipeline, compress_each
 from jaxllm.core.model import Model, get
 from jaxllm.core.solvers import svd
@@ -33,7 +33,7 @@ def tail_ranks(ratio: float):
             if compressed(w):
                 raise TypeError(f"{path} is {type(w).__name__}: factorize it first")
         spectra = [spectrum(w) for w in ws.values()]
-        if any(isinstance(s, jax.core.Tracer) for s in spectra):
+        if traced(spectra):
             each = dict.fromkeys(ws, Pipeline(svd(ratio=ratio)))
         else:
             ranks = ranks_under(spectra, [w.shape[-2:] for w in ws.values()], ratio)

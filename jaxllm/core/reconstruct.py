@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxllm.core import weights
+from jaxllm.core.arrays import as_stored
 from jaxllm.core.compose import Context, inside
 from jaxllm.core.formats import TINY, Integer
 from jaxllm.core.model import Model, get, layer_key, put
@@ -60,7 +61,7 @@ def clipping(bits: int = 4, group_size: int | None = 128, start: float = 4.0):
         high = jax.nn.sigmoid(theta["gamma"]) * jnp.maximum(high, 0.0)
         low = jax.nn.sigmoid(theta["beta"]) * jnp.minimum(low, 0.0)
         scale = jnp.maximum((high - low) / last, TINY)
-        stored = scale.astype(jnp.bfloat16).astype(jnp.float32)
+        stored = as_stored(scale)
         scale = straight_through(stored, scale)
         zero = -low / scale
         return scale, straight_through(jnp.clip(jnp.round(zero), 0, last), zero)

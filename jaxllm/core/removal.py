@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxllm.core.allocate import allocate
+from jaxllm.core.arrays import traced
 from jaxllm.core.compose import Context
 from jaxllm.core.model import Model
 from jaxllm.core.spec import expression
@@ -68,7 +69,7 @@ def prune_to_budget(speedup: float, cost, *, levels: int = 10, damping: float = 
         parts = look(model, context, {"gram"})
         found = [_orders(part, damping) for part in parts]
         counts = [_counts(part.units.count, levels) for part in parts]
-        if any(isinstance(order, jax.core.Tracer) for order, _ in found):
+        if traced(found):
             chosen = [max(1, round(p.units.count / speedup)) for p in parts]
         else:
             losses = [_losses(e, c) for (_, e), c in zip(found, counts, strict=True)]

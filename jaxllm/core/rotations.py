@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core.arrays import to_rank
-from jaxllm.core.model import Model, Params, get, put, with_weight
+from jaxllm.core.model import Model, Params, Site, get, put, with_weight
 from jaxllm.core.spec import expression, marked
 from jaxllm.core.weights import Hadamard, PerHead, Transformed, compressed
 
@@ -117,26 +117,34 @@ def rotate_values(model: Model) -> Model:
     Within each head the rotation is folded into v and o; across heads it is online,
     in front of o, so that o reads a full Hadamard transform of its input.
     """
-    for site in _value_sites(model):
+    for site in value_sites(model):
         (path,) = site.consumers
-        inside = PerHead(Hadamard(), site.head_dim)
-        group = get(model.params, site.producer)
-        params = put(model.params, site.producer, _turned_output(inside, group))
-        o = reading(inside, _dense(model.params, path))
-        across = Hadamard(group=site.head_dim)
-        model = model.replace(params=params)
+        model = turn_heads(model, site, Hadamard())
+        across, o = Hadamard(group=site.head_dim), _dense(model.params, path)
         model = with_weight(model, path, Transformed(across, reading(across, o)))
     return model
 
 
-def _value_sites(model: Model):
+def turn_heads(model: Model, site: Site, op) -> Model:
+    """Each head of the values turned by an orthogonal op, folded into v and o."""
+    inside, producer = PerHead(op, site.head_dim), site.producer or ""
+    group = get(model.params, producer)
+    params = put(model.params, producer, _turned_output(inside, group))
+    for path in site.consumers:
+        w = _dense(params, path)
+        params = put(params, f"{path}.weight", reading(inside, w).astype(w.dtype))
+    return model.replace(params=params)
+
+
+def value_sites(model: Model) -> list[Site]:
+    """Where attention mixes values: heads within which a rotation folds."""
     sites = model.config.sites()
     return [s for s in sites if s.head_dim > 1 and s.kind == "linear" and s.producer]
 
 
 def rotate_hidden(model: Model) -> Model:
     """An online Hadamard transform in front of every down projection."""
-    heads = {s.consumers for s in _value_sites(model)}
+    heads = {s.consumers for s in value_sites(model)}
     writers = set(model.config.residual().writers)
     for site in model.config.sites():
         inner = site.consumers not in heads and writers.issuperset(site.consumers)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.core.batch import Batch, targets
-from jaxllm.core.model import Model, Params, get, put
+from jaxllm.core.model import Model, Params, get, with_weights
 from jaxllm.core.weights import compressed
 
 Slopes = dict[str, tuple[Array, Array]]
@@ -67,10 +67,7 @@ def _added(config, params: Params, ws, batch: Batch, total):
     """``total`` plus gradient and squared gradient of every sequence of a batch."""
 
     def loss(ws, row: Batch):
-        inside = params
-        for path, w in ws.items():
-            inside = put(inside, f"{path}.weight", w)
-        return cross_entropy(Model(inside, config), row)
+        return cross_entropy(with_weights(Model(params, config), ws), row)
 
     def one(total, row):
         row = jax.tree.map(lambda x: x[None], row)

@@ -130,14 +130,22 @@ def adapter(rank: int = 8, alpha: float = 16.0, rank_stabilized: bool = False):
         raise ValueError(f"rank {rank}, alpha {alpha}; accepted: rank >= 1, alpha > 0")
 
     def part(w, stats, key) -> Trainable:
-        rows, out = w.shape
         resolve_rank(w.shape, rank, None)
-        bound = (3.0 / rows) ** 0.5
-        first = jax.random.uniform(key, (rows, rank), w.dtype, -bound, bound)
         gain = alpha / (rank**0.5 if rank_stabilized else rank)
-        return Trainable(LowRank(first, jnp.zeros((rank, out), w.dtype), gain))
+        first, second = adapter_factors(key, w.shape, rank, w.dtype)
+        return Trainable(LowRank(first, second, gain))
 
     return part
+
+
+def adapter_factors(
+    key, shape: tuple[int, ...], rank: int, dtype
+) -> tuple[jax.Array, jax.Array]:
+    """A ~ uniform(-1, 1) sqrt(3 / in) [..., in, rank] and B = 0 [..., rank, out]."""
+    *lead, rows, out = shape
+    bound = (3.0 / rows) ** 0.5
+    first = jax.random.uniform(key, (*lead, rows, rank), dtype, -bound, bound)
+    return first, jnp.zeros((*lead, rank, out), dtype)
 
 
 @expression

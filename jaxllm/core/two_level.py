@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxllm.core import metrics
+from jaxllm.core.arrays import as_stored
 from jaxllm.core.formats import TINY, Integer
 from jaxllm.core.spec import expression
 from jaxllm.core.weights import TwoLevel
@@ -77,20 +78,19 @@ def _fine(w: Float[Array, "in out"], h, grid: Integer, block: int, steps: int):
 def _coarse(w, h, group_scale, zero, grid: Integer, block: int, steps: int):
     """Codes [in, out], integer scales [groups, out] and the scale [out]."""
     peak = jnp.maximum(jnp.abs(w).max(0), TINY)
+    wide = lambda x: jnp.repeat(x, block, 0)[: len(w)]  # noqa: E731
 
     def rounded(shrink):
-        scale = (peak * shrink / INT8).astype(jnp.bfloat16).astype(jnp.float32)
+        scale = as_stored(peak * shrink / INT8)
         gain = jnp.clip(jnp.round(group_scale / scale[None]), 1, INT8)
         reach = jnp.floor(INT8 / gain)
         low = jnp.maximum(zero - reach, 0)
         high = jnp.minimum(zero + reach, grid.codes - 1)
-        wide = lambda x: jnp.repeat(x, block, 0)[: len(w)]  # noqa: E731
         u = jnp.round(w / (wide(gain) * scale[None])) + wide(zero)
         return jnp.clip(u, wide(low), wide(high)), gain, scale
 
     def loss(shrink):
         codes, gain, scale = rounded(shrink)
-        wide = lambda x: jnp.repeat(x, block, 0)[: len(w)]  # noqa: E731
         error = w - (codes - wide(zero)) * wide(gain) * scale[None]
         return (error * (h @ error)).sum(0)
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxllm.core.arrays import traced
 from jaxllm.core.compose import Context, inside
 from jaxllm.core.model import Model, Params, Units, get, put
 from jaxllm.core.slicing import Kept, channels, cut_units, dense
@@ -208,8 +208,8 @@ def prune_units(
         parts = [p for p in parts if only in (None, p.units.kind)]
         parts = [p for p in parts if not _protected(model, p, protect)]
         scores = [score(part) for part in parts]
-        traced = any(isinstance(s, jax.core.Tracer) for s in scores)
-        choose = weakest_of_model if scope == "model" and not traced else same_share
+        known = scope == "model" and not traced(scores)
+        choose = weakest_of_model if known else same_share
         kept = choose(parts, scores, sparsity)
         return cut_and_mend(model, parts, kept, mend)
 

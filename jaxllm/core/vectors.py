@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core import metrics
+from jaxllm.core.arrays import as_stored
 from jaxllm.core.spec import expression
 from jaxllm.core.sweep import upper_factor
 from jaxllm.core.weights import Vectors
@@ -95,7 +96,7 @@ def _lloyd(points, weight, count: int, steps: int, key):
         return jnp.where(mass > 0, total / jnp.maximum(mass, 1e-12), table)
 
     table = jax.lax.fori_loop(0, steps, step, points[start])
-    return table.astype(jnp.bfloat16).astype(jnp.float32)
+    return as_stored(table)
 
 
 def _nearest(points, table, weight):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from jaxllm.core.arrays import traced
 from jaxllm.core.batch import Batch
 from jaxllm.core.model import Model, Params, get, put
 from jaxllm.core.stats import Drift, Samples, Stats
@@ -159,7 +160,7 @@ def _resumed(params: Params, path: str, monitor: Monitor, make) -> Params:
 def _note(monitor: Monitor, event: dict, start: float, params, notes: dict) -> None:
     """One event: where, how long, and what the visit recorded."""
     leaves = jax.tree.leaves(get(params, event["path"]))
-    if any(isinstance(x, jax.core.Tracer) for x in leaves):
+    if traced(leaves):
         return
     jax.block_until_ready(leaves)
     seconds = round(time.perf_counter() - start, 4)

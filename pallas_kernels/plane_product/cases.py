@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.cases import integer_case
-from pallas_kernels.quantized_matmul.reference import parts
+from pallas_kernels.quantized_matmul.cases import random_planes
 from pallas_kernels.shapes import LLAMA3_8B, TINY, Linear
 
 
@@ -15,10 +15,7 @@ def make(key, *, rows: int, linear: Linear, bits: int):
     keys = iter(jax.random.split(key, 6))
     inputs, outputs = linear.inputs, linear.outputs
     x = jax.random.randint(next(keys), (rows, inputs), -127, 128, jnp.int8)
-    planes = tuple(
-        jax.random.bits(next(keys), (outputs, -(-inputs * part // 8)), jnp.uint8)
-        for part in parts(bits)
-    )
+    planes = random_planes(keys, linear, bits)
     x_scale = jax.random.uniform(next(keys), (rows, 1), minval=0.5, maxval=1.5)
     w_scale = jax.random.uniform(next(keys), (outputs, 1), minval=0.5, maxval=1.5)
     return x, planes, x_scale, w_scale * (inputs**-0.5 / (20 * 2**bits))

@@ -16,15 +16,22 @@ NF4 = (
 )  # fmt: skip
 
 
+def random_planes(keys, linear: Linear, bits: int) -> tuple[jax.Array, ...]:
+    """Planes of random codes [outputs, inputs], one key of ``keys`` for each."""
+    return tuple(
+        jax.random.bits(
+            next(keys), (linear.outputs, -(-linear.inputs * part // 8)), jnp.uint8
+        )
+        for part in parts(bits)
+    )
+
+
 def make(key, *, rows, linear: Linear, bits, block, zeros: bool, rank: int, dtype):
     """Activations, random codes, positive scales, zero points, factors (L, R)."""
     keys = iter(jax.random.split(key, 8))
     inputs, outputs = linear.inputs, linear.outputs
     x = jax.random.normal(next(keys), (rows, inputs), dtype)
-    planes = tuple(
-        jax.random.bits(next(keys), (outputs, -(-inputs * part // 8)), jnp.uint8)
-        for part in parts(bits)
-    )
+    planes = random_planes(keys, linear, bits)
     blocks = 1 if block is None else -(-inputs // block)
     scale = jax.random.uniform(next(keys), (outputs, blocks), dtype, 0.5, 1.5)
     zero = None

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.cases import group, linear_case
-from pallas_kernels.quantized_matmul.reference import parts
+from pallas_kernels.quantized_matmul.cases import random_planes
 from pallas_kernels.shapes import LLAMA3_8B, TINY, Linear
 
 
@@ -15,10 +15,7 @@ def make(key, *, rows: int, linear: Linear, bits: int, block, dtype):
     keys = iter(jax.random.split(key, 4))
     inputs, outputs = linear.inputs, linear.outputs
     x = jax.random.normal(next(keys), (rows, inputs), dtype)
-    planes = tuple(
-        jax.random.bits(next(keys), (outputs, -(-inputs * part // 8)), jnp.uint8)
-        for part in parts(bits)
-    )
+    planes = random_planes(keys, linear, bits)
     blocks = 1 if block is None else -(-inputs // block)
     table = jax.random.normal(next(keys), (outputs, blocks, 2**bits))
     return x, planes, (jnp.sort(table, -1) * inputs**-0.5).astype(dtype)

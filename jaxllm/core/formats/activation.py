@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from jaxllm.core.arrays import Leaf
+from jaxllm.core.arrays import Leaf, as_stored
 from jaxllm.core.formats.base import TINY, Integer, Levels
 from jaxllm.core.packing import pack, unpack
 
@@ -63,6 +63,49 @@ class ActivationFormat:
         sides = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)]
         return jnp.pad(x.astype(jnp.float32), sides).reshape(*x.shape[:-1], -1, size)
 
+    def fixed(
+        self, x: Float[Array, "... width"], scale: Float[Array, "blocks"], zero=None
+    ) -> Float[Array, "... width"]:
+        """``x`` on the grid of scales and zero points that are given; same dtype.
+
+        ``scale`` [blocks] and ``zero`` [blocks] (None where ``symmetric``) serve all
+        tokens, and what lies beyond their range becomes its end. Gradients pass
+        rounding straight, so that scale and zero point have those of s round(x / s)
+        within the range and those of its ends beyond (arXiv:1902.08153, eq. 3).
+        """
+        blocks = self._blocks(x)
+        scale = to_rank(scale.astype(jnp.float32)[:, None], blocks.ndim)
+        if zero is not None:
+            zero = to_rank(zero.astype(jnp.float32)[:, None], blocks.ndim)
+        u = blocks / scale
+        values = self.format.decode(self.format.encode(u, zero), zero)
+        inside = jnp.clip(u, *self._ends(zero))
+        smooth = inside - jax.lax.stop_gradient(inside)  # zero, with a gradient
+        values = jax.lax.stop_gradient(values) + smooth
+        return _joined(values * scale, x.shape[-1]).astype(x.dtype)
+
+    def _ends(self, zero):
+        """The least and the largest value in units of the scale."""
+        if self.element is not None:
+            return self.element.levels[0], self.element.levels[-1]
+        shift = Integer(self.bits).offset if zero is None else zero
+        return 0.0 - shift, 2.0**self.bits - 1.0 - shift
+
+    def fixed_integers(
+        self, x: Float[Array, "... width"], scale: Float[Array, "blocks"]
+    ) -> Int8[Array, "... width"]:
+        """Signed codes of ``x`` as ``fixed`` uses them."""
+        if not self.integral:
+            raise ValueError(f"{self} is no symmetric integer format")
+        blocks = self._blocks(x)
+        scale = to_rank(scale.astype(jnp.float32)[:, None], blocks.ndim)
+        return self._signed(blocks / scale, x.shape[-1])
+
+    def _signed(self, u, width: int) -> Int8[Array, "... width"]:
+        """Integers about zero of blocks in units of the scale."""
+        codes = self.format.encode(u).astype(jnp.int32)
+        return _joined((codes - 2 ** (self.bits - 1)).astype(jnp.int8), width)
+
     def _grid(self, x):
         blocks = self._blocks(x)
         if self.symmetric:
@@ -97,7 +140,7 @@ class ActivationFormat:
     def round(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
         """The nearest representable values, without packing; same dtype."""
         blocks, scale, zero = self._grid(x)
-        scale = scale.astype(jnp.bfloat16).astype(jnp.float32)
+        scale = as_stored(scale)
         codes = self.format.encode(blocks / scale, zero)
         values = self.format.decode(codes, zero) * scale
         return _joined(values, x.shape[-1]).astype(x.dtype)
@@ -109,7 +152,7 @@ class ActivationFormat:
         if not self.integral:
             raise ValueError(f"{self} is no symmetric integer format")
         blocks, scale, _ = self._grid(x)
-        scale = scale.astype(jnp.bfloat16).astype(jnp.float32)
+        scale = as_stored(scale)
         codes = self.format.encode(blocks / scale).astype(jnp.int32)
         signed = (codes - 2 ** (self.bits - 1)).astype(jnp.int8)
         return _joined(signed, x.shape[-1]), scale[..., 0]

@@ -11,6 +11,7 @@ from jaxllm.core.arrays import static
 from jaxllm.core.formats import ActivationFormat
 from jaxllm.core.weights import base
 from jaxllm.core.weights.base import Weight, Wrapper
+from jaxllm.core.weights.transformed import Transformed
 
 
 @jax.tree_util.register_dataclass
@@ -37,3 +38,12 @@ class ActivationQuantized(Wrapper):
             return base.dot(self.format.round(x), self.inner)
         codes, scale = self.format.integers(x)
         return self.inner.dot_codes(codes, scale, x.dtype)
+
+
+def round_input(w, format: ActivationFormat) -> Weight:
+    """``w`` with its input rounded to ``format``, after what turns that input."""
+    if isinstance(w, Transformed):
+        return dataclasses.replace(w, inner=round_input(w.inner, format))
+    if isinstance(w, ActivationQuantized):
+        return dataclasses.replace(w, format=format)
+    return ActivationQuantized(w, format)

@@ -181,16 +181,18 @@ class Transformed(Wrapper):
         return base.dot(self.op.apply(x), self.inner)
 
     def refine(self, solve, stats, support=None):
-        if support is not None:
-            raise TypeError(
-                "a sparse support does not pass through an online transform"
-            )
+        _no_support(support)
         seen = None if stats is None else stats.through(self.op)
         inner = base.refine(self.inner, solve, seen, None)
         return dataclasses.replace(self, inner=inner)
 
     def axes(self, names: Names) -> Transformed:
         return Transformed(self.op.axes(names[0]), base.axes(self.inner, names))
+
+
+def _no_support(support) -> None:
+    if support is not None:
+        raise TypeError("a sparse support does not pass through an online transform")
 
 
 @jax.tree_util.register_dataclass
@@ -213,10 +215,7 @@ class OutputTransformed(Wrapper):
         return self.op.apply(base.dot(x, self.inner))
 
     def refine(self, solve, stats, support=None):
-        if support is not None:
-            raise TypeError(
-                "a sparse support does not pass through an online transform"
-            )
+        _no_support(support)
         return super().refine(solve, stats, None)
 
     def axes(self, names: Names) -> OutputTransformed:

@@ -57,8 +57,11 @@ class TwoLevel(Weight):
         return ((codes - shift) * gain).astype(jnp.int8)
 
     def materialize(self) -> Float[Array, "*lead in out"]:
+        return jnp.swapaxes(self._by_output(), -1, -2)
+
+    def _by_output(self) -> Float[Array, "*lead out in"]:
         dense = self.integers().astype(jnp.float32) * self.scale.astype(jnp.float32)
-        return jnp.swapaxes(dense, -1, -2).astype(self.dtype)
+        return dense.astype(self.dtype)
 
     def dot(self, x):
         if self.scale.ndim > 2:
@@ -92,9 +95,7 @@ class TwoLevel(Weight):
 
     def rows(self, ids):
         pick = lambda leaf: jnp.take(leaf, ids, axis=-2, mode="clip")  # noqa: E731
-        mine = jax.tree.map(pick, self)
-        dense = mine.integers().astype(jnp.float32) * mine.scale.astype(jnp.float32)
-        return dense.astype(self.dtype)
+        return jax.tree.map(pick, self)._by_output()
 
     def axes(self, names: Names) -> TwoLevel:
         inner, outer = names

@@ -1,7 +1,6 @@
 """DFloat11: bfloat16 weights without loss, their exponents entropy-coded."""
 
-import jax
-
+from jaxllm.core.arrays import traced
 from jaxllm.core.card import Card
 from jaxllm.core.compose import Context, transform
 from jaxllm.core.model import Model, get, put
@@ -31,7 +30,7 @@ def dfloat11():
             w = get(params, f"{path}.weight")
             if compressed(w) or w.ndim != 2:
                 raise TypeError(f"{path}: dfloat11 takes dense matrices only")
-            if not isinstance(w, jax.core.Tracer):
+            if not traced(w):
                 params = put(params, f"{path}.weight", _encoded(path, w))
         return model.replace(params=params)
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jaxllm.core.arrays import traced
 from jaxllm.core.card import Card
 from jaxllm.core.compose import Context, Pipeline, compress_each, transform
 from jaxllm.core.formats import Integer
@@ -46,7 +47,7 @@ def group_size(w, smallest: int, alpha: float) -> int:
     size, now = w.shape[-2], _mean_range(w, w.shape[-2])
     while size // 2 >= smallest:
         half = _mean_range(w, size // 2)
-        if not isinstance(w, jax.core.Tracer) and half > alpha * now:
+        if not traced(w) and half > alpha * now:
             break
         size, now = size // 2, half
     return size
