@@ -5,6 +5,8 @@ They compute out^T = W x^T in tiles of 64 outputs per warpgroup, wgmma's fixed s
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,6 +18,36 @@ LANES = 64  # rows of W of one warpgroup
 SHARED = 227 * 1024  # bytes of shared memory that one block may use
 PROCESSORS = 132
 RESERVED = 4096  # barriers, and the padding between arrays
+
+
+def require(interpret: bool) -> None:
+    """NotImplementedError where neither Hopper nor the interpreter serves."""
+    compat.require_hopper(interpret)
+    if interpret and compat.VERSION < (0, 11):
+        raise NotImplementedError("jax 0.10's interpreter cannot load single columns")
+
+
+def terms(x):
+    """x [..., K] as bfloat16 rows; of wider dtypes the high above the low terms."""
+    x = x.reshape(-1, x.shape[-1])
+    high = x.astype(jnp.bfloat16)
+    if x.dtype == jnp.bfloat16:
+        return high
+    return jnp.concatenate([high, rest(x).astype(jnp.bfloat16)])
+
+
+def rest(x):
+    """What rounding to bfloat16 takes away, in float32."""
+    wide = x.astype(jnp.float32)
+    return wide - lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7)
+
+
+def joined(y, x, outputs: int):
+    """The result for ``x`` from that of its padded terms."""
+    rows = math.prod(x.shape[:-1])
+    if x.dtype != jnp.bfloat16:
+        y = y[: 2 * rows].reshape(2, -1, outputs).sum(0)
+    return y[:rows].astype(x.dtype).reshape(*x.shape[:-1], outputs)
 
 
 def tiles(shape: tuple[int, ...], dtype, width: int | None = None):

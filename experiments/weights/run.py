@@ -4,9 +4,8 @@
 
 Each row has perplexity, two scores (which word comes next; which of two stretches comes
 first), measured bits per weight of the linear maps and of the whole model, and the wall
-time of the method. Writes ``results.json`` (rows with the commit that made them),
-``results.md`` and ``pareto.png`` beside this file after each row, so that it can be
-interrupted. A row that is there is not made again unless the source of its method or of
+time of the method. Writes ``results.json`` (rows with the commit that made them) after
+each row, so that it can be interrupted, ``results.md`` and ``pareto.png`` now and then. A row that is there is not made again unless the source of its method or of
 what that imports from ``jaxllm.core`` changed, or with ``--fresh``; ``--tables`` only
 rewrites the tables. ``stories`` and ``twin`` need the stories260K files
 (``JAXLLM_DATA`` or ../shared/data beside the repository).
@@ -16,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import itertools
 import json
 import os
@@ -43,7 +43,7 @@ RESULTS = HERE / "results.json"
 QUESTIONS = {"stories": 200, "twin": 200, "builtin": 100}
 TOKENS = range(49, 65)  # of a question: one compiled shape serves all
 SAME = 1e-4  # of the largest output
-CLEAR = 20  # rows after which compiled programs are dropped
+CLEAR = 20  # rows after which compiled programs are dropped and tables written
 
 
 def data_folder() -> Path:
@@ -108,9 +108,13 @@ def expanded(small: Model) -> Model:
             kinds.setdefault(jax.tree.structure(w), w)
     if not all(map(multiplies_by_its_array, kinds.values())):
         return small
+    return small.replace(params=dense(small.params))
+
+
+@jax.jit
+def dense(params):
     packed = lambda x: isinstance(x, weights.Weight)  # noqa: E731
-    dense = jax.tree.map(weights.materialize, small.params, is_leaf=packed)
-    return small.replace(params=dense)
+    return jax.tree.map(weights.materialize, params, is_leaf=packed)
 
 
 def multiplies_by_its_array(w) -> bool:
@@ -152,8 +156,8 @@ def load() -> dict:
 
 
 def save(data: dict, rows: dict, options) -> None:
-    """The files, each written under another name first; rows in the plan's order."""
-    order = {key: i for i, key in enumerate(settings.plan(NAMES))}
+    """``results.json``, rows in the plan's order."""
+    order = places()
     kept = sorted((k for k in rows if k in order), key=lambda k: order[k])
     here = environment(seed=0)
     here["command"] = " ".join(["python experiments/weights/run.py", *sys.argv[1:]])
@@ -165,10 +169,22 @@ def save(data: dict, rows: dict, options) -> None:
     text = text.replace('"rows": []', f'"rows": [\n{lines}\n ]')
     text = text.replace(str(data_folder()), "JAXLLM_DATA")
     replace(RESULTS, text + "\n")
+
+
+@functools.cache
+def places() -> dict[tuple[str, str], int]:
+    """Where in the plan a row is."""
+    return {key: i for i, key in enumerate(settings.plan(NAMES))}
+
+
+def show(data: dict) -> None:
+    """``results.md`` and ``pareto.png``."""
     replace(HERE / "results.md", tables.markdown(data))
+    tables.plot(data["rows"], HERE / "pareto.png")
 
 
 def replace(path: Path, text: str) -> None:
+    """A file's new text, written under another name first."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
@@ -202,10 +218,11 @@ def main() -> None:
             save(data, rows, options)
             if done % CLEAR == CLEAR - 1:
                 jax.clear_caches()
+                show(data)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
     save(data, rows, options)
-    tables.plot(data["rows"], HERE / "pareto.png")
+    show(data)
 
 
 if __name__ == "__main__":

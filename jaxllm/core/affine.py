@@ -1,7 +1,10 @@
-"""Families of learned equivalences: scale and shift, affine within heads."""
+"""Families of learned equivalences: scale and shift, affine per head, Kronecker."""
 
 from __future__ import annotations
 
+import math
+
+import jax
 import jax.numpy as jnp
 
 from jaxllm.core.equivalences import (
@@ -17,6 +20,8 @@ from jaxllm.core.learned import Equivalence
 from jaxllm.core.migration import centred
 from jaxllm.core.model import Params, Site, get, put
 from jaxllm.core.spec import expression
+from jaxllm.core.stiefel import cayley, random_orthogonal
+from jaxllm.core.weights import Kronecker, Transformed
 
 
 @expression
@@ -113,5 +118,79 @@ def through_heads(params: Params, site: Site, forward, back) -> Params:
         w = get(params, f"{path}.weight")
         rows = w.reshape(-1, d, w.shape[-1])
         made = jnp.einsum("hde,heo->hdo", wide, rows).reshape(w.shape)
+        params = put(params, f"{path}.weight", made)
+    return params
+
+
+@expression
+def kronecker(alpha: float = 0.3):
+    """(x / s) (L (x) R) in front of a site, (L (x) R)^-1 s W behind (FlatQuant).
+
+    arXiv:2410.09426, section 3.1: s starts as max|x|^alpha / max|w|^(1 - alpha) and is
+    folded into the producer where there is one. The sides of L and R are the nearest
+    two factors of the width; in front of o, L mixes heads and R, within heads, is
+    folded into v. Each matrix is U diag(exp tanh t) B V with B random orthogonal, U and
+    V by Cayley transforms, so that its condition stays below e^2 (the paper learns the
+    diagonal itself); it is stored as bfloat16.
+    """
+    plain = scaling(alpha, False).call
+
+    def start(ws, site: Site, samples, key):
+        width, d = len(ws[0]), site.head_dim
+        sides = (width // d, d) if _of_values(site) else nearest_factors(width)
+        keys = jax.random.split(key)
+        left, right = (_free(k, n) for k, n in zip(keys, sides, strict=True))
+        theta = dict(left=left, right=right)
+        if site.producer is not None and site.exclusive and not _of_values(site):
+            peak = centred(site, samples, False)[1]
+            wide = jnp.maximum(row_peak(ws), SMALL)
+            theta["scale"] = jnp.log(peak**alpha / wide ** (1 - alpha))
+        return theta
+
+    def change(theta, params, site: Site, progress):
+        left, right = (_matrix(theta[side]) for side in ("left", "right"))
+        if "scale" in theta:
+            params = plain.change(theta, params, site, progress)
+        if not _of_values(site):
+            return in_front(params, site, Kronecker(left, right))
+        heads = get(params, f"{site.producer}.weight").shape[-1] // site.head_dim
+        forward = jnp.broadcast_to(right.astype(jnp.float32), (heads, *right.shape))
+        params = through_heads(params, site, forward, jnp.linalg.inv(forward))
+        return in_front(params, site, Kronecker(left))
+
+    return Equivalence(start, change)
+
+
+def nearest_factors(width: int) -> tuple[int, int]:
+    """a <= b with a b = width and a as large as possible.
+
+    >>> nearest_factors(172)
+    (4, 43)
+    """
+    small = next(a for a in range(math.isqrt(width), 0, -1) if width % a == 0)
+    return small, width // small
+
+
+def _free(key, size: int) -> dict:
+    """What is learned of one matrix, and the orthogonal one that it starts as."""
+    square = jnp.zeros((size, size))
+    begin = random_orthogonal(key, size)
+    return dict(start=begin, u=square, v=square, stretch=jnp.zeros(size))
+
+
+def _matrix(theta):
+    """U diag(exp tanh t) B V, as stored."""
+    begin = jax.lax.stop_gradient(theta["start"])
+    stretch = jnp.exp(jnp.tanh(theta["stretch"]))
+    turned = cayley(theta["u"]) @ (stretch[:, None] * begin) @ cayley(theta["v"])
+    return turned.astype(jnp.bfloat16)
+
+
+def in_front(params: Params, site: Site, op: Kronecker) -> Params:
+    """Consumers that read op(x), with the inverse in their weights."""
+    undo = op.inverted()
+    for path in site.consumers:
+        w = get(params, f"{path}.weight")
+        made = Transformed(op, undo.rows(w))
         params = put(params, f"{path}.weight", made)
     return params

@@ -40,7 +40,7 @@ def learn(
     rounding,
     equivalence=None,
     *,
-    activations: ActivationFormat | None = None,
+    activations=None,
     epochs: int = 20,
     rates: tuple[float, float] = (5e-3, 1e-2),
 ):
@@ -49,15 +49,16 @@ def learn(
     Minimises the mean squared error between the rounded block, on the inputs that the
     already changed prefix gives, and the dense block on the dense inputs (OmniQuant,
     arXiv:2308.13137, eq. 1). ``rounding`` is a parametrization of weights
-    (``clipping``), ``activations`` the format of their inputs. Gradients pass through
-    rounding straight. ``rates`` are Adam's, of equivalences and of clipping; the best
-    epoch is kept: the error never ends above its start.
+    (``clipping``), ``activations`` the format of their inputs, or what is learned of it
+    (``learned_range``). Gradients pass through rounding straight. ``rates`` are Adam's,
+    of equivalences and of clipping; the best epoch is kept: the error never ends above
+    its start.
     """
     if epochs < 1 or len(rates) != 2 or min(rates) <= 0:
         raise ValueError(f"epochs {epochs}, rates {rates}: at least 1, two above 0")
-    if activations is not None:
-        softened(activations)  # refuses blocks, before any compute
-    pace = Pace(epochs, dict(sites=rates[0], weights=rates[1]))
+    if activations is None or isinstance(activations, ActivationFormat):
+        activations = fixed_range(activations)
+    pace = Pace(epochs, dict(sites=rates[0], weights=rates[1], inputs=rates[1]))
 
     def run(model: Model, context: Context) -> Model:
         paths = tuple(context.paths(model))
@@ -104,7 +105,7 @@ class Recipe:
 
     rounding: Any
     equivalence: Any
-    activations: ActivationFormat | None
+    activations: Any
     paths: tuple[str, ...] = ()
     sites: tuple[Site, ...] = ()
 
@@ -125,7 +126,7 @@ class Recipe:
         return dataclasses.replace(self, paths=mine, sites=local)
 
     def start(self, params, seen: Seen, block: str, key) -> dict:
-        """The first theta: of sites by tap, of weights by path."""
+        """The first theta: of sites by tap, of weights and their inputs by path."""
         ws = {p: dense(params, p) for p in self.paths}
         found = {}
         if self.equivalence is not None:
@@ -137,7 +138,8 @@ class Recipe:
                 begin = self.equivalence.call.start
                 found[site.tap] = begin(own, site, samples, mine)
         clip = {p: self.rounding.call.start(w, None, None) for p, w in ws.items()}
-        return dict(sites=found, weights=clip)
+        inputs = {p: self.activations.call.start() for p in self.paths}
+        return dict(sites=found, weights=clip, inputs=inputs)
 
     def changed(self, theta, params, progress) -> Params:
         """The block after its equivalences, before any rounding.
@@ -153,27 +155,21 @@ class Recipe:
 
     def __call__(self, theta, params, progress) -> Params:
         """The rounded block, with gradients."""
-
-        format = None if self.activations is None else softened(self.activations)
-        make = self.rounding.call.soft
-        return self._rounded(theta, params, progress, make, format)
+        return self._rounded(theta, params, progress, "soft")
 
     def render(self, theta, params, progress) -> Params:
         """The rounded block as it is stored; the same values as the soft one."""
+        return self._rounded(theta, params, progress, "render")
 
-        make = self.rounding.call.render
-        return self._rounded(theta, params, progress, make, self.activations)
-
-    def _rounded(self, theta, params, progress, make, format) -> Params:
+    def _rounded(self, theta, params, progress, how: str) -> Params:
         params = self.changed(theta, params, progress)
+        of_weight = getattr(self.rounding.call, how)
+        of_input = getattr(self.activations.call, how)
         for path in self.paths:
-            own = theta["weights"][path]
+            own, inputs = theta["weights"][path], theta["inputs"][path]
 
-            def solve(w, *_, own=own):
-                made = make(own, w)
-                if format is None:
-                    return made
-                return weights.ActivationQuantized(made, format)
+            def solve(w, *_, own=own, inputs=inputs):
+                return of_input(inputs, of_weight(own, w))
 
             w = weights.refine(get(params, f"{path}.weight"), solve, None)
             params = put(params, f"{path}.weight", w)
@@ -183,6 +179,46 @@ class Recipe:
 @functools.partial(jax.jit, static_argnums=0)
 def _stored(recipe: Recipe, theta, params, progress) -> Params:
     return recipe.render(theta, params, progress)
+
+
+class Inputs(NamedTuple):
+    """``start()``, ``soft(theta, w)`` and ``render(theta, w)``: w behind a rounding."""
+
+    start: Callable[..., dict]
+    soft: Callable[..., Any]
+    render: Callable[..., Any]
+
+
+@expression
+def fixed_range(format: ActivationFormat | None):
+    """Inputs rounded to a format (None: left alone); nothing of it is learned."""
+    soft = None if format is None else softened(format)
+
+    def behind(format, theta, w):
+        return w if format is None else weights.ActivationQuantized(w, format)
+
+    part = functools.partial
+    return Inputs(dict, part(behind, soft), part(behind, format))
+
+
+@expression
+def learned_range(format: ActivationFormat, start: float = 4.0):
+    """Inputs rounded within sigmoid(theta) of each token's range (FlatQuant).
+
+    One learned number for each weight, at first ``start`` (arXiv:2410.09426,
+    section 3.1, learnable clipping thresholds). The format must be symmetric.
+    """
+    if not format.symmetric:
+        raise ValueError(f"{format}: a learned range has no zero point")
+    soft = softened(format)
+
+    def behind(format, theta, w):
+        share = jax.nn.sigmoid(theta["share"])
+        return weights.Clipped(weights.ActivationQuantized(w, format), share)
+
+    part = functools.partial
+    begin = lambda: dict(share=jnp.asarray(start))  # noqa: E731
+    return Inputs(begin, part(behind, soft), part(behind, format))
 
 
 @dataclasses.dataclass(frozen=True)

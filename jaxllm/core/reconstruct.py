@@ -42,45 +42,55 @@ def straight_through(rounded, x):
 
 
 @expression
-def clipping(bits: int = 4, group_size: int | None = 128, start: float = 4.0):
+def clipping(
+    bits: int = 4,
+    group_size: int | None = 128,
+    start: float = 4.0,
+    symmetric: bool = False,
+):
     """Learned weight clipping (OmniQuant, arXiv:2308.13137, eq. 2).
 
     s = (sigmoid(gamma) max w - sigmoid(beta) min w) / (2^bits - 1) per group,
     z = -round(sigmoid(beta) min w / s); gamma = beta = ``start`` at first. The zero
-    point is bounded to the codes and scales are stored as bfloat16.
+    point is bounded to the codes and scales are stored as bfloat16. ``symmetric`` has
+    no beta and no z: s = sigmoid(gamma) max|w| / (2^(bits - 1) - 1).
     """
-    grid = Grid(Integer(bits), group_size)
+    grid = Grid(Integer(bits, symmetric), group_size)
     last = grid.format.codes - 1
-
-    def parameters(theta, w):
-        """Scale and zero point [groups, out], as stored, with gradients."""
-        rows = group_of(grid, len(w))
-        count = int(-(-len(w) // min(group_size or len(w), len(w))))
-        high = jax.ops.segment_max(w, rows, count)
-        low = -jax.ops.segment_max(-w, rows, count)
-        high = jax.nn.sigmoid(theta["gamma"]) * jnp.maximum(high, 0.0)
-        low = jax.nn.sigmoid(theta["beta"]) * jnp.minimum(low, 0.0)
-        scale = jnp.maximum((high - low) / last, TINY)
-        stored = as_stored(scale)
-        scale = straight_through(stored, scale)
-        zero = -low / scale
-        return scale, straight_through(jnp.clip(jnp.round(zero), 0, last), zero)
 
     def begin(w, stats, key):
         count = int(-(-len(w) // min(group_size or len(w), len(w))))
         value = jnp.full((count, w.shape[1]), start)
-        return dict(gamma=value, beta=value)
+        return dict(gamma=value) if symmetric else dict(gamma=value, beta=value)
 
     def soft(theta, w):
-        scale, zero = (p[group_of(grid, len(w))] for p in parameters(theta, w))
-        u = w / scale + zero
+        rows = group_of(grid, len(w))
+        scale, zero = _clipped(grid, theta, w)
+        shift = grid.format.offset if zero is None else zero[rows]
+        u = w / scale[rows] + shift
         code = jnp.clip(straight_through(jnp.round(u), u), 0.0, last)
-        return (code - zero) * scale
+        return (code - shift) * scale[rows]
 
     def render(theta, w):
-        return grid.pack(w, parameters(theta, w), None, w.dtype)
+        return grid.pack(w, _clipped(grid, theta, w), None, w.dtype)
 
     return Parametrization(begin, soft, render)
+
+
+def _clipped(grid: Grid, theta, w):
+    """Scale and zero point [groups, out] (or None), as stored, with gradients."""
+    rows, count, last = group_of(grid, len(w)), len(theta["gamma"]), grid.format.codes - 1
+    share = {name: jax.nn.sigmoid(logit) for name, logit in theta.items()}
+    high = jnp.maximum(jax.ops.segment_max(w, rows, count), 0.0)
+    low = jnp.minimum(-jax.ops.segment_max(-w, rows, count), 0.0)
+    stored = lambda scale: straight_through(as_stored(scale), scale)  # noqa: E731
+    if grid.format.symmetric:
+        scale = share["gamma"] * jnp.maximum(high, -low) / grid.format.largest
+        return stored(jnp.maximum(scale, TINY)), None
+    high, low = share["gamma"] * high, share["beta"] * low
+    scale = stored(jnp.maximum((high - low) / last, TINY))
+    zero = -low / scale
+    return scale, straight_through(jnp.clip(jnp.round(zero), 0, last), zero)
 
 
 @expression

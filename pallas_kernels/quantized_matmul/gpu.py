@@ -8,19 +8,17 @@ of tiles through the copy engine; the others turn bytes into operands and multip
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from typing import NamedTuple
+import functools
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import compat, hopper
-from pallas_kernels import tuning as tables
+from pallas_kernels import compat, hopper, hopper_ring
 from pallas_kernels.hopper import LANES
+from pallas_kernels.hopper_ring import Place, Product, Ring
 from pallas_kernels.quantized_matmul import fragments
 from pallas_kernels.quantized_matmul.gpu_plan import (
     Plan,
@@ -29,17 +27,10 @@ from pallas_kernels.quantized_matmul.gpu_plan import (
     default_tuning,
     plan_of,
     refuse,
+    tuned,
 )
 
-
-class Ring(NamedTuple):
-    """Tiles in shared memory, and barriers that say which are full and empty."""
-
-    x: list
-    w: list
-    full: object
-    empty: object
-    staged: object = None  # only in the interpreter
+__all__ = ["Tuning", "default_tuning", "quantized_matmul"]
 
 
 def quantized_matmul(
@@ -63,133 +54,32 @@ def quantized_matmul(
     of 16 bytes of each plane, rows of planes are not aligned to 16 bytes, or outputs
     to 64.
     """
-    compat.require_hopper(interpret)
-    if interpret and compat.VERSION < (0, 11):
-        raise NotImplementedError("jax 0.10's interpreter cannot load single columns")
+    hopper.require(interpret)
     lead, inputs = x.shape[:-1], x.shape[-1]
     outputs, narrow = len(planes[0]), x.dtype == jnp.bfloat16
     if not x.size:
         return jnp.zeros((*lead, outputs), x.dtype)
-    terms = _terms(x.reshape(-1, inputs))
-    rows = len(terms)
+    terms = hopper.terms(x)
     refuse(inputs, outputs, bits, block, levels, planes)
     if tuning is None:
-        shape = (rows, inputs, outputs, bits, block or inputs)
-        found = None
-        if narrow and not interpret:
-            found = tables.look_up("quantized_matmul", shape)
-        tuning = Tuning(**found) if found else default_tuning(*shape, not narrow)
-    many = jnp.pad(terms, ((0, -rows % tuning.rows), (0, 0)))
+        shape = (len(terms), inputs, outputs, bits, block or inputs)
+        tuning = tuned("quantized_matmul", shape, narrow, interpret)
+    many = jnp.pad(terms, ((0, -len(terms) % tuning.rows), (0, 0)))
     plan = plan_of(many, outputs, zero, bits, block, levels, offset, tuning, narrow)
-    xs = [_reorder(many, plane, plan) for plane in plan.planes]
-    operands = (*xs, *planes, scale, *(() if plan.zero == "none" else (zero,)))
-    with compat.interpret_gpu() if interpret else contextlib.nullcontext():
-        y = _call(plan, interpret)(*operands)
-    if plan.partial:
-        y = y.sum(0).T
-    y = y[:rows]
-    if not narrow:
-        y = y.reshape(2, -1, outputs).sum(0)
-    return y.astype(x.dtype).reshape(*lead, outputs)
-
-
-def _terms(x):
-    """x [M, K] as bfloat16; of wider dtypes the high above the low terms [2 M, K]."""
-    high = x.astype(jnp.bfloat16)
-    if x.dtype == jnp.bfloat16:
-        return high
-    wide = x.astype(jnp.float32)
-    low = wide - lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7)
-    return jnp.concatenate([high, low.astype(jnp.bfloat16)])
-
-
-def _reorder(x, plane: Plane, plan: Plan):
-    """x [M, K], the inputs of a step by their place in the byte, in wgmma's order.
-
-    The plane's weight 2^low goes into x, exactly.
-    """
-    x = (x * jnp.asarray(2.0**plane.low, x.dtype)).astype(jnp.bfloat16)
-    x = x.reshape(plan.rows, -1, plane.bytes, plane.places).swapaxes(2, 3)
-    return fragments.permute(x).reshape(plan.rows, plan.inputs)
-
-
-def _call(plan: Plan, interpret: bool):
-    t = plan.tuning
-    scratch = dict(
-        out=hopper.result(t.warpgroups, t.rows, plan.partial),
-        x=[
-            hopper.tiles((t.stages, t.rows, t.inputs), jnp.bfloat16, 2 * plane.block)
-            for plane in plan.planes
-        ],
-        w=[
-            hopper.tiles((t.stages, plan.tile, plane.bytes), jnp.uint8, plane.bytes)
-            for plane in plan.planes
-        ],
-        full=plgpu.Barrier(num_barriers=t.stages, num_arrivals=2 * len(plan.planes)),
-        empty=plgpu.Barrier(num_barriers=t.stages, num_arrivals=t.warpgroups),
+    product = Product(
+        plan,
+        [plan.stream(_shifted(many, plane), plane) for plane in plan.planes],
+        [plane.stream(codes) for codes, plane in zip(planes, plan.planes, strict=True)],
+        (scale, *(() if plan.zero == "none" else (zero,))),
+        functools.partial(_consume, plan),
+        [plane.block for plane in plan.planes],
     )
-    if interpret:
-        scratch["staged"] = [
-            plgpu.SMEM((t.warpgroups, LANES, plane.block), jnp.bfloat16)
-            for plane in plan.planes
-        ]
-    return plgpu.kernel(
-        _kernel(plan, interpret),
-        out_type=hopper.result_type(t.splits, plan.rows, plan.outputs, plan.partial),
-        grid=(t.splits, plan.outputs // plan.tile, plan.rows // t.rows),
-        grid_names=("split", "out", "row"),
-        num_threads=t.warpgroups + 1,
-        thread_name="warpgroup",
-        scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )
+    return hopper.joined(product.run(interpret), x, outputs)
 
 
-def _kernel(plan: Plan, interpret: bool):
-    """The body: one warpgroup copies, the others multiply."""
-    t, count = plan.tuning, len(plan.planes)
-
-    def body(*refs, out, x, w, full, empty, staged=None):
-        xs, ws = refs[:count], refs[count : 2 * count]
-        scale, *zero, y = refs[2 * count :]
-        ring = Ring(x, w, full, empty, staged)
-        split, n, m = (lax.axis_index(name) for name in ("split", "out", "row"))
-        warpgroup = lax.axis_index("warpgroup")
-        first = split * plan.steps
-
-        @pl.when(warpgroup == t.warpgroups)
-        def _():
-            plgpu.set_max_registers(40, action="decrease")
-            _produce(plan, ring, xs, ws, (first, n * plan.tile, m * t.rows))
-
-        @pl.when(warpgroup < t.warpgroups)
-        def _():
-            plgpu.set_max_registers(232 if t.warpgroups < 3 else 160, action="increase")
-            row = n * plan.tile + warpgroup * LANES
-            columns = _Columns(plan, scale, zero[0] if zero else None, first, row)
-            total = _consume(plan, ring, columns, warpgroup)
-            here, rows = pl.ds(row, LANES), pl.ds(m * t.rows, t.rows)
-            hopper.store(total, out.at[warpgroup], y, split, here, rows, plan.partial)
-
-    return body
-
-
-def _produce(plan: Plan, ring: Ring, xs, ws, origin) -> None:
-    """Keep the ring full: tiles of every plane and of the x that it meets."""
-    t = plan.tuning
-    first, n, m = origin
-
-    @pl.loop(0, plan.steps)
-    def _(i):
-        at = lax.rem(i, t.stages)
-        pl.when(i >= t.stages)(lambda: plgpu.barrier_wait(ring.empty.at[at]))
-        for p, plane in enumerate(plan.planes):
-            weights = ws[p].at[
-                pl.ds(n, plan.tile), pl.ds((first + i) * plane.bytes, plane.bytes)
-            ]
-            inputs = xs[p].at[pl.ds(m, t.rows), pl.ds((first + i) * t.inputs, t.inputs)]
-            plgpu.copy_gmem_to_smem(weights, ring.w[p].at[at], ring.full.at[at])
-            plgpu.copy_gmem_to_smem(inputs, ring.x[p].at[at], ring.full.at[at])
+def _shifted(x, plane: Plane):
+    """x times the plane's weight 2^low, exactly."""
+    return (x * jnp.asarray(2.0**plane.low, x.dtype)).astype(jnp.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,62 +103,29 @@ class _Columns:
         )
 
 
-def _consume(plan: Plan, ring: Ring, columns: _Columns, warpgroup):
+def _consume(plan: Plan, ring: Ring, others, place: Place):
     """The sums [64, rows] of this warpgroup over all steps, scaled."""
-    shape = (LANES, plan.tuning.rows)
-    if plan.tuning.sums and plan.block is not None:
-        return _sum_blocks(plan, ring, columns, warpgroup, shape)
-    once = columns(0) if plan.block is None else None
-
-    def scope(acc):
-        def step(i, values):
-            ahead = values
-            if once is None:  # fetch the next step's scales while this one multiplies
-                ahead = columns(lax.min(i + 1, plan.steps - 1))
-            plgpu.barrier_wait(ring.full.at[lax.rem(i, plan.tuning.stages)])
-            accs = [acc] * plan.groups
-            _multiply(plan, ring, accs, i, values, warpgroup, scaled=once is None)
-            plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(ring.empty.at[lax.rem(i, plan.tuning.stages)])
-            return ahead
-
-        lax.fori_loop(0, plan.steps, step, columns(0) if once is None else once)
-        return acc[...]
-
-    total = pl.run_scoped(scope, plgpu.ACC(shape))
-    return total if once is None else total * hopper.across(once[0][0], shape[1])
+    scale, *zero = others
+    columns = _Columns(plan, scale, zero[0] if zero else None, place.first, place.row)
+    multiply = functools.partial(_multiply, plan, ring, place)
+    if plan.block is None:
+        plain = functools.partial(multiply, scaled=False)
+        total = hopper_ring.sums(plan, ring, columns, plain, constant=True)
+        return total * hopper.across(columns(0)[0][0], plan.tuning.rows)
+    if plan.tuning.sums:
+        plain = functools.partial(multiply, scaled=False)
+        scales = lambda values: values[0]  # noqa: E731
+        return hopper_ring.sums_of_blocks(plan, ring, columns, plain, scales)
+    scaled = functools.partial(multiply, scaled=True)
+    return hopper_ring.sums(plan, ring, columns, scaled, constant=False)
 
 
-def _sum_blocks(plan: Plan, ring: Ring, columns: _Columns, warpgroup, shape):
-    """Each block is summed apart and then scaled, all in float32."""
-
-    def step(i, carry):
-        total, values = carry
-        ahead = columns(lax.min(i + 1, plan.steps - 1))
-        plgpu.barrier_wait(ring.full.at[lax.rem(i, plan.tuning.stages)])
-
-        def scope(*accs):
-            _multiply(plan, ring, accs, i, values, warpgroup, scaled=False)
-            plgpu.wgmma_wait(0)
-            return [acc[...] for acc in accs]
-
-        sums = pl.run_scoped(scope, *[plgpu.ACC(shape)] * plan.groups)
-        plgpu.barrier_arrive(ring.empty.at[lax.rem(i, plan.tuning.stages)])
-        for one, scale in zip(sums, values[0], strict=True):
-            total = total + one * hopper.across(scale, shape[1])
-        return total, ahead
-
-    nothing = hopper.zeros(shape[1])
-    return lax.fori_loop(0, plan.steps, step, (nothing, columns(0)))[0]
-
-
-def _multiply(plan: Plan, ring: Ring, accs, i, values, warpgroup, *, scaled) -> None:
+def _multiply(plan: Plan, ring: Ring, place: Place, accs, at, values, *, scaled):
     """accs[g] += W x^T of one step, plane by plane and place by place."""
-    at = lax.rem(i, plan.tuning.stages)
     scales, zeros = values
     interpret = ring.staged is not None
     for p, plane in enumerate(plan.planes):
-        rows = ring.w[p].at[at, pl.ds(warpgroup * LANES, LANES)]
+        rows = ring.w[p].at[at, pl.ds(place.warpgroup * LANES, LANES)]
         words = compat.load(rows, plgpu.Layout.WGMMA_UPCAST_2X)
         for j, tile in enumerate(_operands(plan, plane, words, interpret)):
             for g, acc in enumerate(accs):
@@ -279,11 +136,9 @@ def _multiply(plan: Plan, ring: Ring, accs, i, values, warpgroup, *, scaled) -> 
                     part = part * hopper.across(
                         scales[g].astype(jnp.bfloat16), plane.block
                     )
-                if interpret:  # the interpreter's wgmma wants both in shared memory
-                    ring.staged[p][warpgroup] = part
-                    part = ring.staged[p].at[warpgroup]
                 columns = pl.ds(j * plane.bytes + g * plane.block, plane.block)
                 inputs = ring.x[p].at[at, :, columns]
+                part = hopper_ring.operand(ring, p, place, part)
                 plgpu.wgmma(acc, part, compat.transposed(inputs))
 
 

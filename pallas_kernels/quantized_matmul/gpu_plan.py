@@ -8,7 +8,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels import hopper
+from pallas_kernels import tuning as tables
 from pallas_kernels.hopper import LANES
+from pallas_kernels.hopper_ring import Stream
 from pallas_kernels.quantized_matmul import fragments
 from pallas_kernels.quantized_matmul.reference import parts
 
@@ -41,6 +43,10 @@ class Plane(NamedTuple):
     @property
     def places(self) -> int:
         return 8 // self.part
+
+    def stream(self, codes) -> Stream:
+        """The plane itself, through the ring."""
+        return Stream(codes, self.bytes, self.bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +82,12 @@ class Plan:
         """The kernel writes float32 out^T for each split."""
         return self.tuning.splits > 1 or not self.narrow
 
+    def stream(self, x, plane: Plane) -> Stream:
+        """x [M, K], the inputs of a step by their place in a byte, in wgmma's order."""
+        x = x.reshape(self.rows, -1, plane.bytes, plane.places).swapaxes(2, 3)
+        x = fragments.permute(x).reshape(self.rows, self.inputs)
+        return Stream(x, self.tuning.inputs, 2 * plane.block)
+
     def group(self, step, g: int):
         """The block of scales that group ``g`` of a step belongs to."""
         if self.block is None:
@@ -102,6 +114,12 @@ def refuse(inputs, outputs, bits, block, levels, planes) -> None:
                 f"blocks of {block} of {inputs} inputs are {group:g} bytes of the "
                 f"{part}-bit plane; wgmma needs whole blocks of 16n bytes"
             )
+
+
+def tuned(op: str, shape, narrow: bool, interpret: bool) -> Tuning:
+    """This device's table for ``op``, else the default rule."""
+    found = tables.look_up(op, shape) if narrow and not interpret else None
+    return Tuning(**found) if found else default_tuning(*shape, not narrow)
 
 
 def default_tuning(rows, inputs, outputs, bits, block, exact=False) -> Tuning:

@@ -92,9 +92,7 @@ def scaled_matmul(
 
     NotImplementedError where outputs are no multiple of 64, or inputs and blocks of 32.
     """
-    compat.require_hopper(interpret)
-    if interpret and compat.VERSION < (0, 11):
-        raise NotImplementedError("jax 0.10's interpreter cannot load single columns")
+    hopper.require(interpret)
     width = check(x_codes, w_codes, x_scale, w_scale, block)
     lead, inputs, outputs = x_codes.shape[:-1], x_codes.shape[-1], len(w_codes)
     if not x_codes.size:

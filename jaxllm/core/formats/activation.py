@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from jaxllm.core.arrays import Leaf, as_stored
+from jaxllm.core.arrays import Leaf, as_stored, to_rank
 from jaxllm.core.formats.base import TINY, Integer, Levels
 from jaxllm.core.packing import pack, unpack
 
@@ -153,9 +153,7 @@ class ActivationFormat:
             raise ValueError(f"{self} is no symmetric integer format")
         blocks, scale, _ = self._grid(x)
         scale = as_stored(scale)
-        codes = self.format.encode(blocks / scale).astype(jnp.int32)
-        signed = (codes - 2 ** (self.bits - 1)).astype(jnp.int8)
-        return _joined(signed, x.shape[-1]), scale[..., 0]
+        return self._signed(blocks / scale, x.shape[-1]), scale[..., 0]
 
 
 def _joined(blocks, width: int):

@@ -5,7 +5,7 @@ leading axes (experts) come before. These functions are the only place where
 compression meets the model.
 """
 
-from jaxllm.core.weights.activation import ActivationQuantized
+from jaxllm.core.weights.activation import ActivationQuantized, StaticInput
 from jaxllm.core.weights.base import (
     Weight,
     compressed,
@@ -65,6 +65,7 @@ __all__ = [
     "Scattered",
     "Signed",
     "Sparse",
+    "StaticInput",
     "Sum",
     "Trainable",
     "Transformed",

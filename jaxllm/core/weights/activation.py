@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
 
-from jaxllm.core.arrays import static
+from jaxllm.core.arrays import Leaf, static, to_rank
 from jaxllm.core.formats import ActivationFormat
 from jaxllm.core.weights import base
 from jaxllm.core.weights.base import Weight, Wrapper
@@ -40,10 +43,50 @@ class ActivationQuantized(Wrapper):
         return self.inner.dot_codes(codes, scale, x.dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StaticInput(Wrapper):
+    """y = round(x) W with x rounded to one range for all tokens, known beforehand.
+
+    ``scale`` and ``zero`` [blocks] are leaves: stored, and learnable, since gradients
+    pass rounding straight. ``zero`` is None where ``format`` is symmetric; the format's
+    ``block`` None gives the whole input one range. The product is one of integers
+    where that of ``ActivationQuantized`` is.
+    """
+
+    inner: Any
+    scale: Leaf[Float[Array, "*lead blocks"]]
+    zero: Leaf[Float[Array, "*lead blocks"] | UInt8[Array, "*lead blocks"] | None]
+    format: ActivationFormat = static()
+
+    @property
+    def integer_product(self) -> bool:
+        return ActivationQuantized(self.inner, self.format).integer_product
+
+    def dot(self, x):
+        if not self.integer_product:
+            return base.dot(self.format.fixed(x, self.scale, self.zero), self.inner)
+        codes = self.format.fixed_integers(x, self.scale)
+        scale = self.scale.astype(jnp.float32)
+        scale = jnp.broadcast_to(to_rank(scale, x.ndim), (*x.shape[:-1], *scale.shape))
+        return self.inner.dot_codes(codes, scale, x.dtype)
+
+    def axes(self, names: base.Names) -> StaticInput:
+        zero = None if self.zero is None else (None,)
+        inner = base.axes(self.inner, names)
+        return dataclasses.replace(self, inner=inner, scale=(None,), zero=zero)
+
+
 def round_input(w, format: ActivationFormat) -> Weight:
     """``w`` with its input rounded to ``format``, after what turns that input."""
+    return around_input(w, lambda bare: ActivationQuantized(bare, format))
+
+
+def around_input(w, wrap: Callable[[Any], Weight]) -> Weight:
+    """``w`` with ``wrap`` around what reads its input last, in place of a rounding.
+
+    Online transforms of the input stay outside.
+    """
     if isinstance(w, Transformed):
-        return dataclasses.replace(w, inner=round_input(w.inner, format))
-    if isinstance(w, ActivationQuantized):
-        return dataclasses.replace(w, format=format)
-    return ActivationQuantized(w, format)
+        return dataclasses.replace(w, inner=around_input(w.inner, wrap))
+    return wrap(w.inner if isinstance(w, ActivationQuantized | StaticInput) else w)
