@@ -1,0 +1,213 @@
+"""Hopper: one warpgroup keeps a ring of tiles full, the others multiply what is there.
+
+out^T = W x^T for weights that are unpacked in registers, because wgmma takes a register
+operand on its left only. What a kernel adds is how bytes become operands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import compat, hopper
+from pallas_kernels.hopper import LANES
+
+
+class Stream(NamedTuple):
+    """An operand that passes through the ring, ``columns`` of it a step.
+
+    ``width`` bytes are a swizzled row of a tile; None keeps its rows as they are.
+    """
+
+    array: Any
+    columns: int
+    width: int | None
+
+
+class Ring(NamedTuple):
+    """Tiles in shared memory, and barriers that say which are full and empty."""
+
+    x: list
+    w: list
+    full: object
+    empty: object
+    staged: object = None  # only in the interpreter
+
+
+class Place(NamedTuple):
+    """The first step of this block of threads, its first output, and a warpgroup."""
+
+    first: Any
+    row: Any
+    warpgroup: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A call: operands of the ring, others in device memory, and what consumes them.
+
+    ``plan`` has ``tuning`` (rows, stages, splits, warpgroups), rows, outputs, steps,
+    tile, narrow and partial. ``consume(ring, others, place)`` returns a warpgroup's
+    sums [64, rows] in float32. ``staged`` are widths of operands in shared memory, for
+    the interpreter's wgmma, which takes none from registers.
+    """
+
+    plan: Any
+    x: Sequence[Stream]
+    w: Sequence[Stream]
+    others: Sequence[Any]
+    consume: Callable
+    staged: Sequence[int]
+
+    def run(self, interpret: bool):
+        """[rows, outputs], or where the plan is partial float32 of the same."""
+        operands = (*(s.array for s in (*self.x, *self.w)), *self.others)
+        with compat.interpret_gpu() if interpret else contextlib.nullcontext():
+            y = self._call(interpret)(*operands)
+        return y.sum(0).T if self.plan.partial else y
+
+    def _call(self, interpret: bool):
+        plan, t = self.plan, self.plan.tuning
+        copies = len(self.x) + len(self.w)
+        scratch = dict(
+            out=hopper.result(t.warpgroups, t.rows, plan.partial),
+            x=[_tiles(t.stages, t.rows, stream) for stream in self.x],
+            w=[_tiles(t.stages, plan.tile, stream) for stream in self.w],
+            full=plgpu.Barrier(num_barriers=t.stages, num_arrivals=copies),
+            empty=plgpu.Barrier(num_barriers=t.stages, num_arrivals=t.warpgroups),
+        )
+        if interpret:
+            scratch["staged"] = [
+                plgpu.SMEM((t.warpgroups, LANES, width), jnp.bfloat16)
+                for width in self.staged
+            ]
+        return plgpu.kernel(
+            self._body,
+            out_type=hopper.result_type(
+                t.splits, plan.rows, plan.outputs, plan.partial
+            ),
+            grid=(t.splits, plan.outputs // plan.tile, plan.rows // t.rows),
+            grid_names=("split", "out", "row"),
+            num_threads=t.warpgroups + 1,
+            thread_name="warpgroup",
+            scratch_types=scratch,
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+        )
+
+    def _body(self, *refs, out, x, w, full, empty, staged=None):
+        plan, t = self.plan, self.plan.tuning
+        *others, y = refs[len(x) + len(w) :]
+        ring = Ring(x, w, full, empty, staged)
+        split, n, m = (lax.axis_index(name) for name in ("split", "out", "row"))
+        warpgroup = lax.axis_index("warpgroup")
+        first = split * plan.steps
+
+        @pl.when(warpgroup == t.warpgroups)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+            self._produce(ring, refs, (first, n * plan.tile, m * t.rows))
+
+        @pl.when(warpgroup < t.warpgroups)
+        def _():
+            plgpu.set_max_registers(232 if t.warpgroups < 3 else 160, action="increase")
+            row = n * plan.tile + warpgroup * LANES
+            total = self.consume(ring, others, Place(first, row, warpgroup))
+            here, rows = pl.ds(row, LANES), pl.ds(m * t.rows, t.rows)
+            hopper.store(total, out.at[warpgroup], y, split, here, rows, plan.partial)
+
+    def _produce(self, ring: Ring, refs, origin) -> None:
+        """Keep the ring full: tiles of the weights and of the x that they meet."""
+        plan, t = self.plan, self.plan.tuning
+        first, n, m = origin
+        moves = [
+            (stream, pl.ds(start, size), tiles)
+            for streams, start, size, ring_tiles in (
+                (self.x, m, t.rows, ring.x),
+                (self.w, n, plan.tile, ring.w),
+            )
+            for stream, tiles in zip(streams, ring_tiles, strict=True)
+        ]
+
+        @pl.loop(0, plan.steps)
+        def _(i):
+            at = lax.rem(i, t.stages)
+            pl.when(i >= t.stages)(lambda: plgpu.barrier_wait(ring.empty.at[at]))
+            for ref, (stream, rows, tiles) in zip(refs, moves, strict=False):
+                here = pl.ds((first + i) * stream.columns, stream.columns)
+                plgpu.copy_gmem_to_smem(
+                    ref.at[rows, here], tiles.at[at], ring.full.at[at]
+                )
+
+
+def _tiles(stages: int, rows: int, stream: Stream):
+    shape, dtype = (stages, rows, stream.columns), stream.array.dtype
+    if stream.width is None:
+        return plgpu.SMEM(shape, dtype)
+    return hopper.tiles(shape, dtype, stream.width)
+
+
+def sums(plan, ring: Ring, fetch, multiply, *, constant: bool):
+    """The sums [64, rows] of a warpgroup over all steps.
+
+    ``fetch(i)`` loads what step i needs from device memory, a step ahead of its use,
+    or once where it is ``constant``. ``multiply(accs, at, values)`` adds the products
+    of what lies at ``at`` of the ring to the accumulator of each group of inputs.
+    """
+    once = fetch(0) if constant else None
+
+    def scope(acc):
+        def step(i, values):
+            ahead = values if constant else fetch(lax.min(i + 1, plan.steps - 1))
+            at = lax.rem(i, plan.tuning.stages)
+            plgpu.barrier_wait(ring.full.at[at])
+            multiply([acc] * plan.groups, at, values)
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(ring.empty.at[at])
+            return ahead
+
+        lax.fori_loop(0, plan.steps, step, once if constant else fetch(0))
+        return acc[...]
+
+    return pl.run_scoped(scope, plgpu.ACC((LANES, plan.tuning.rows)))
+
+
+def sums_of_blocks(plan, ring: Ring, fetch, multiply, scales, terms: int = 1):
+    """The same where each block is summed apart and then scaled, all in float32.
+
+    ``scales(values)`` are those of the accumulators: ``terms`` of each group.
+    """
+    rows, count = plan.tuning.rows, plan.groups * terms
+
+    def step(i, carry):
+        total, values = carry
+        ahead = fetch(lax.min(i + 1, plan.steps - 1))
+        at = lax.rem(i, plan.tuning.stages)
+        plgpu.barrier_wait(ring.full.at[at])
+
+        def scope(*accs):
+            multiply(accs, at, values)
+            plgpu.wgmma_wait(0)
+            return [acc[...] for acc in accs]
+
+        parts = pl.run_scoped(scope, *[plgpu.ACC((LANES, rows))] * count)
+        plgpu.barrier_arrive(ring.empty.at[at])
+        for part, scale in zip(parts, scales(values), strict=True):
+            total = total + part * hopper.across(scale, rows)
+        return total, ahead
+
+    return lax.fori_loop(0, plan.steps, step, (hopper.zeros(rows), fetch(0)))[0]
+
+
+def operand(ring: Ring, index: int, place: Place, part):
+    """``part`` of W as wgmma's left operand."""
+    if ring.staged is None:
+        return part
+    ring.staged[index][place.warpgroup] = part
+    return ring.staged[index].at[place.warpgroup]
