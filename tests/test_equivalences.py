@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from jaxllm import methods
-from jaxllm.core.affine import _dominant, affine, scaling
+from jaxllm.core.affine import _dominant, affine, kronecker, scaling
 from jaxllm.core.batch import Batch
 from jaxllm.core.compose import transform
 from jaxllm.core.equivalences import fold, pooled, shiftable
 from jaxllm.core.formats import ActivationFormat, Integer
-from jaxllm.core.learned import Recipe, softened
+from jaxllm.core.learned import Recipe, fixed_range, learned_range, softened
 from jaxllm.core.migration import migrate
 from jaxllm.core.model import get, put
 from jaxllm.core.reconstruct import clipping, target
@@ -142,13 +142,16 @@ def test_migration_centres_and_shrinks_and_keeps_the_logits(model, batches):
     assert get(plain.params, path)["bias"].argmax() == 5
 
 
-FAMILIES = {"scaling": scaling(), "affine": affine()}
+FAMILIES = {"scaling": scaling(), "affine": affine(), "kronecker": kronecker()}
 
 
 def recipe_of(model, batches, family):
     """A block's recipe, parameters and perturbed theta, and its inputs."""
     path, block = model.config.blocks()[0]
-    whole = Recipe(clipping(3, 16), family, ActivationFormat(4))
+    symmetric = family == kronecker()  # both kinds of ranges are learned somewhere
+    inputs = learned_range if symmetric else fixed_range
+    rounding = clipping(3, 16, symmetric=symmetric)
+    whole = Recipe(rounding, family, inputs(ActivationFormat(4)))
     recipe = whole.inside(path, model.config.linears(), model.config.sites())
     params = get(model.params, path)
     steps = jnp.broadcast_to(jnp.arange(24), (4, 24))

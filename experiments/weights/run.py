@@ -5,9 +5,10 @@
 Each row has perplexity, two scores (which word comes next; which of two stretches comes
 first), measured bits per weight of the linear maps and of the whole model, and the wall
 time of the method. Writes ``results.json`` (rows with the commit that made them) after
-each row, so that it can be interrupted, ``results.md`` and ``pareto.png`` now and then. A row that is there is not made again unless the source of its method or of
-what that imports from ``jaxllm.core`` changed, or with ``--fresh``; ``--tables`` only
-rewrites the tables. ``stories`` and ``twin`` need the stories260K files
+each row, so that it can be interrupted, ``results.md`` and ``pareto.png`` now and then.
+A row that is there is not made again unless the source of its method or of what that
+imports from ``jaxllm.core`` changed, or with ``--fresh``; ``--tables`` only rewrites
+the tables. ``stories`` and ``twin`` need the stories260K files
 (``JAXLLM_DATA`` or ../shared/data beside the repository).
 """
 

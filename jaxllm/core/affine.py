@@ -20,7 +20,7 @@ from jaxllm.core.learned import Equivalence
 from jaxllm.core.migration import centred
 from jaxllm.core.model import Params, Site, get, put
 from jaxllm.core.spec import expression
-from jaxllm.core.stiefel import cayley, random_orthogonal
+from jaxllm.core.stiefel import cayley
 from jaxllm.core.weights import Kronecker, Transformed
 
 
@@ -129,9 +129,9 @@ def kronecker(alpha: float = 0.3):
     arXiv:2410.09426, section 3.1: s starts as max|x|^alpha / max|w|^(1 - alpha) and is
     folded into the producer where there is one. The sides of L and R are the nearest
     two factors of the width; in front of o, L mixes heads and R, within heads, is
-    folded into v. Each matrix is U diag(exp tanh t) B V with B random orthogonal, U and
-    V by Cayley transforms, so that its condition stays below e^2 (the paper learns the
-    diagonal itself); it is stored as bfloat16.
+    folded into v. Each matrix is U diag(exp tanh t) V with U, V Cayley transforms,
+    random at first: its condition stays below e^2 (the paper learns the diagonal
+    itself). It is stored as bfloat16.
     """
     plain = scaling(alpha, False).call
 
@@ -172,18 +172,16 @@ def nearest_factors(width: int) -> tuple[int, int]:
 
 
 def _free(key, size: int) -> dict:
-    """What is learned of one matrix, and the orthogonal one that it starts as."""
-    square = jnp.zeros((size, size))
-    begin = random_orthogonal(key, size)
-    return dict(start=begin, u=square, v=square, stretch=jnp.zeros(size))
+    """What is learned of one matrix; X - XT has a spectral radius of 2 at first."""
+    u, v = jax.random.normal(key, (2, size, size)) * (2 * size) ** -0.5
+    return dict(u=u, v=v, stretch=jnp.zeros(size))
 
 
 def _matrix(theta):
-    """U diag(exp tanh t) B V, as stored."""
-    begin = jax.lax.stop_gradient(theta["start"])
+    """U diag(exp tanh t) V, as stored."""
     stretch = jnp.exp(jnp.tanh(theta["stretch"]))
-    turned = cayley(theta["u"]) @ (stretch[:, None] * begin) @ cayley(theta["v"])
-    return turned.astype(jnp.bfloat16)
+    made = cayley(theta["u"]) @ (stretch[:, None] * cayley(theta["v"]))
+    return made.astype(jnp.bfloat16)
 
 
 def in_front(params: Params, site: Site, op: Kronecker) -> Params:

@@ -79,7 +79,11 @@ def clipping(
 
 def _clipped(grid: Grid, theta, w):
     """Scale and zero point [groups, out] (or None), as stored, with gradients."""
-    rows, count, last = group_of(grid, len(w)), len(theta["gamma"]), grid.format.codes - 1
+    rows, count, last = (
+        group_of(grid, len(w)),
+        len(theta["gamma"]),
+        grid.format.codes - 1,
+    )
     share = {name: jax.nn.sigmoid(logit) for name, logit in theta.items()}
     high = jnp.maximum(jax.ops.segment_max(w, rows, count), 0.0)
     low = jnp.minimum(-jax.ops.segment_max(-w, rows, count), 0.0)

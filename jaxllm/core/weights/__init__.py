@@ -17,9 +17,11 @@ from jaxllm.core.weights.base import (
     shape,
     size,
 )
+from jaxllm.core.weights.clipped import Clipped
 from jaxllm.core.weights.codebook import Codebook
 from jaxllm.core.weights.entropy import EntropyCoded
 from jaxllm.core.weights.gated import Gated
+from jaxllm.core.weights.kronecker import Kronecker
 from jaxllm.core.weights.lattice import Lattice
 from jaxllm.core.weights.lowrank import LowRank, Sum, Trainable, merge
 from jaxllm.core.weights.mpo import MPO
@@ -46,11 +48,13 @@ from jaxllm.core.weights.vectors import Vectors
 __all__ = [
     "MPO",
     "ActivationQuantized",
+    "Clipped",
     "Codebook",
     "EntropyCoded",
     "Flip",
     "Gated",
     "Hadamard",
+    "Kronecker",
     "Lattice",
     "LowRank",
     "Orthogonal",
