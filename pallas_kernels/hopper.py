@@ -117,10 +117,10 @@ def store(total, staged, y, split, outputs, rows, partial: bool) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def column(ref, rows, at, layout=None):
-    """A column of a matrix in device memory, one value per output, in float32."""
+def column(ref, rows, at, layout=None, dtype=jnp.float32):
+    """A column of a matrix in device memory, one value per output, as ``dtype``."""
     layout = layout or plgpu.Layout.WGMMA.reduce(1)
-    return compat.load(ref.at[rows, at], layout, optimized=False).astype(jnp.float32)
+    return compat.load(ref.at[rows, at], layout, optimized=False).astype(dtype)
 
 
 def across(column, width: int):

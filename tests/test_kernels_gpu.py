@@ -19,6 +19,7 @@ import pallas_kernels
 from pallas_kernels import hopper, tuning
 from pallas_kernels.quantized_matmul import fragments, gpu_plan
 from pallas_kernels.quantized_matmul.cases import NF4
+from pallas_kernels.quantized_matmul.reference import parts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BENCHMARK = REPOSITORY / "experiments" / "kernels"
@@ -37,11 +38,14 @@ class Word:
     def __and__(self, mask: int) -> Word:
         return Word(self.value & mask)
 
-    def __or__(self, mask: int) -> Word:
-        return Word(self.value | mask)
+    def __or__(self, other: int | Word) -> Word:
+        return Word(self.value | (other if isinstance(other, int) else other.value))
 
     def __xor__(self, mask: int) -> Word:
         return Word(self.value ^ mask)
+
+    def __lshift__(self, count: int) -> Word:
+        return Word(self.value << count)
 
     def __rshift__(self, count: int) -> Word:
         return Word(self.value >> count)
@@ -63,8 +67,26 @@ class Word:
         return pair.astype(np.float32)
 
 
+def four_bytes(*values: int) -> Word:
+    return Word(int.from_bytes(bytes(v & 255 for v in values), "little"))
+
+
 def floats(pairs) -> list[float]:
     return [float(value) for word in pairs for value in word.floats()]
+
+
+def held(layout, columns: int):
+    """For each lane, the elements of 64 rows in its registers, in their order."""
+    tiled = np.arange(64 * columns).reshape(64, columns)
+    for tile in layout.tiling.tiles:
+        lead, last = tiled.shape[: -len(tile)], tiled.shape[-len(tile) :]
+        split = [n for size, t in zip(last, tile, strict=True) for n in (size // t, t)]
+        k, axes = len(lead), range(len(lead), len(lead) + 2 * len(tile))
+        order = (*range(k), *axes[::2], *axes[1::2])
+        tiled = tiled.reshape(*lead, *split).transpose(order)
+    lanes = (*layout.warp_dims, *layout.lane_dims)
+    tiled = np.moveaxis(tiled, lanes, range(len(lanes)))
+    return tiled.reshape(128, -1, tiled.shape[-1])
 
 
 class TestFragments:
@@ -92,6 +114,34 @@ class TestFragments:
             assert floats(low) == [float(table[byte & 15]) for byte in four]
             assert floats(high) == [float(table[byte >> 4]) for byte in four]
 
+    @pytest.mark.parametrize("bits", (1, 2, 3, 4))
+    def test_entries(self, bits):
+        """A table of any floats, in words that a kernel splits into their bytes."""
+        part = parts(bits)[0]
+        rng = np.random.default_rng(bits)
+        table = rng.normal(size=2**bits).astype(ml_dtypes.bfloat16)
+        stored = [Word(int(word)) for word in table.view("<u4")]
+        low, high = fragments.bytes_of(stored)
+        for value in range(256):
+            four = [value, 255 - value, value ^ 0x5A, 7 * value % 256]
+            extra = int(rng.integers(2**16))
+            below = Word(extra) if bits == 3 else None
+            found = fragments.entry_pairs(four_bytes(*four), below, low, high, part)
+            assert len(found) == 8 // part
+            for place, pairs in enumerate(found):
+                codes = [byte >> part * place & (2**part - 1) for byte in four]
+                if bits == 3:
+                    ones = [extra >> 4 * k + place & 1 for k in range(4)]
+                    codes = [2 * c + o for c, o in zip(codes, ones, strict=True)]
+                assert floats(pairs) == [float(table[code]) for code in codes]
+
+    def test_halves(self):
+        """Threads hold the same inputs of a plane of one bit as of one of two."""
+        whole, half = fragments.WORDS.to_mgpu(), fragments.HALVES.to_mgpu()
+        for wide, narrow in zip(held(whole, 32), held(half, 16), strict=True):
+            assert (wide[..., ::2] // 2 == narrow).all()
+            assert (np.diff(wide, axis=-1) == 1).all()
+
     def test_columns(self):
         """Thread q loads bytes 4b..4b+3 and wgmma takes them as 2q, 2q+1, 2q+8, 2q+9.
 
@@ -109,7 +159,9 @@ class TestFragments:
 class TestTuning:
     """Default rules stay inside the machine; tables are checked when read."""
 
-    @pytest.mark.parametrize("name", ("quantized_matmul", "scaled_matmul"))
+    @pytest.mark.parametrize(
+        "name", ("quantized_matmul", "scaled_matmul", "table_matmul")
+    )
     def test_default_fits(self, name):
         op = pallas_kernels.ops()[name]
         module = sys.modules[f"pallas_kernels.{name}.gpu"]
@@ -121,7 +173,7 @@ class TestTuning:
             block = case.options["block"] or x.shape[1]
             last = (
                 (case.options["bits"], block)
-                if name == "quantized_matmul"
+                if "bits" in case.options
                 else (block, x.dtype)
             )
             made = module.default_tuning(*x.shape, outputs, *last)
@@ -195,21 +247,31 @@ def compiled_text(op: str, cases: tuple[str, ...]) -> dict[str, str]:
     return {part.partition("\n")[0]: part for part in parts}
 
 
-def test_no_dense_weight_and_no_copy_of_planes():
-    """Nothing as large as W in floats exists, and planes go to the kernel untouched."""
-    cases = ("llama3-8b/o/w4-g128-asym/m16", "llama3-8b/gate_up/w3-g128-sym/m1")
-    found = compiled_text("quantized_matmul", cases)
-    assert sorted(found) == sorted(cases)
+PACKED = {
+    "quantized_matmul": (
+        "llama3-8b/o/w4-g128-asym/m16",
+        "llama3-8b/gate_up/w3-g128-sym/m1",
+    ),
+    "table_matmul": ("llama3-8b/o/table4-channel/m1", "llama3-8b/o/table4-g128/m256"),
+}
+
+
+@pytest.mark.parametrize("op", PACKED)
+def test_no_dense_weight_and_no_copy_of_planes(op):
+    """Nothing as large as W in floats exists, and what is stored is not copied."""
+    found = compiled_text(op, PACKED[op])
+    assert sorted(found) == sorted(PACKED[op])
     for name, text in found.items():
         outputs = 4096 if "/o/" in name else 28672
         weight = outputs * 4096
-        for kind, shape in re.findall(r"\b(bf16|f16|f32)\[([\d,]+)\]", text):
+        for kind, shape in re.findall(r"= (bf16|f16|f32)\[([\d,]+)\]", text):
             size = np.prod([int(n) for n in shape.split(",")])
-            assert size < weight / 8, f"{name}: {kind}[{shape}]"
+            assert size < weight / 4, f"{name}: {kind}[{shape}]"
         made = [
             line
             for line in text.splitlines()
-            if re.search(r"= u8\[\d{4},\d+\]", line) and "parameter(" not in line
+            if re.search(r"= (u8|u32)\[\d{4},\d+\]", line)
+            and not re.search(r"\b(parameter|bitcast)\(", line)
         ]
         assert not made, made
         assert "mosaic" in text
@@ -274,7 +336,7 @@ def test_tuner_offers_possible_tiles():
 import sys
 sys.path.insert(0, {str(BENCHMARK)!r})
 import tune, pallas_kernels
-for name in ("quantized_matmul", "scaled_matmul"):
+for name in ("quantized_matmul", "scaled_matmul", "table_matmul"):
     op = pallas_kernels.ops()[name]
     for case in op.cases:
         of = None if case.tiny else tune.subject(op, case)

@@ -22,9 +22,13 @@ import numpy as np
 import timing
 
 import pallas_kernels
-from pallas_kernels import quantized_matmul, scaled_matmul, tuning
+from pallas_kernels import quantized_matmul, scaled_matmul, table_matmul, tuning
 
 GAIN = 0.97  # of the default's time that a candidate must stay below
+CODES = {
+    "quantized_matmul": quantized_matmul.gpu,
+    "table_matmul": table_matmul.gpu,
+}
 FOLDER = Path(tuning.__file__).parent / "tuning"
 
 
@@ -45,11 +49,11 @@ def subject(op, case) -> Subject | None:
     rows, inputs = x.shape
     outputs = jax.tree.leaves(case.shapes[1])[0].shape[0]
     block = case.options["block"] or inputs
-    if op.name == "quantized_matmul":
-        module, name = quantized_matmul.gpu, op.name
+    if op.name in CODES:
+        module, name = CODES[op.name], op.name
         shape = (rows, inputs, outputs, case.options["bits"], block)
         rule = lambda: module.default_tuning(*shape)  # noqa: E731
-        run = lambda *a, **o: module.quantized_matmul(*a[:4], **o)  # noqa: E731
+        run = lambda *a, **o: getattr(module, name)(*a[:4], **o)  # noqa: E731
     else:
         module, name = scaled_matmul.gpu, f"{op.name}-{x.dtype}"
         shape = (rows, inputs, outputs, block)
@@ -145,7 +149,7 @@ def main() -> None:
     path = FOLDER / f"{tuning.slug(jax.devices()[0].device_kind)}.json"
     table = json.loads(path.read_text()) if path.exists() else {}
     until = time.monotonic() + 60 * options.minutes
-    for name in ("quantized_matmul", "scaled_matmul"):
+    for name in (*CODES, "scaled_matmul"):
         op = pallas_kernels.ops()[name]
         for case in op.cases:
             if case.tiny or options.only not in f"{name}/{case.name}":

@@ -5,6 +5,7 @@ wants each thread to hold columns 2q, 2q+1, 2q+8, 2q+9 of 16; instead of exchang
 registers between threads, the four bytes are declared to be those columns, and
 ``permute`` gives x the same order. Digits become floats without a conversion:
 0x4300 | n is bfloat16 128 + n for n < 128, so that one byte permutation builds two.
+Tables are looked up by byte permutations too, in constants or in a row's registers.
 """
 
 from __future__ import annotations
@@ -13,13 +14,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from pallas_kernels import compat
+
 TILE = 16  # columns that wgmma multiplies at a time
+_ROW_AXIS = 4  # of a tile's registers: 0 for a thread's upper row, 1 for its lower
 _OUT = plgpu.Layout.WGMMA
-_IN = plgpu.Layout.WGMMA_UPCAST_2X
+WORDS = plgpu.Layout.WGMMA_UPCAST_2X
+_ROW = plgpu.Layout.WGMMA.reduce(1)
+# WORDS with two bytes where that has four.
+HALVES = plgpu.Layout.TILED(
+    Tiling(((64, 8), (16, 8), (8, 8), (4,), (2,))),
+    warp_dims=(-8,),
+    lane_dims=(-4, -2, -3),
+    vector_dim=-1,
+)
 
 
 def permute(a):
@@ -40,9 +53,9 @@ def digits(words, part: int, place: int, *, interpret: bool):
         return _plain_digits(words, part, place)
     kind = plgpu.ShapeDtypeStruct(words.shape, jnp.bfloat16, layout=_OUT)
 
-    @plgpu.inline_mgpu(arg_types=(_IN,), return_type=kind)
+    @plgpu.inline_mgpu(arg_types=(WORDS,), return_type=kind)
     def peel(_, array):
-        (out,) = _each_register(array, lambda r: [digit_pairs(r, part, place)])
+        (out,) = _each_register(array, lambda r, _: [digit_pairs(r, part, place)])
         return out
 
     return peel(words)
@@ -57,11 +70,63 @@ def lookup(words, levels: tuple[float, ...], *, interpret: bool):
     kind = plgpu.ShapeDtypeStruct(words.shape, jnp.bfloat16, layout=_OUT)
     bits = table.view(np.uint16)
 
-    @plgpu.inline_mgpu(arg_types=(_IN,), return_type=(kind, kind))
+    @plgpu.inline_mgpu(arg_types=(WORDS,), return_type=(kind, kind))
     def look(_, array):
-        return tuple(_each_register(array, lambda r: level_pairs(r, bits)))
+        return tuple(_each_register(array, lambda r, _: level_pairs(r, bits)))
 
     return look(words)
+
+
+def load(plane, part: int, widest: int):
+    """Bytes of a plane [64, bytes], as ``entries`` takes them.
+
+    Threads hold the same inputs of a plane of ``part`` bits as of the ``widest`` one.
+    """
+    return compat.load(plane, WORDS if part == widest else HALVES)
+
+
+def entries(words, below, table, part: int, *, interpret: bool):
+    """For each place in a byte, the entries of each row's own table.
+
+    ``words`` [64, bytes] uint8 hold codes of ``part`` bits, or of codes of three their
+    upper two, and ``below`` [64, bytes / 2] the lowest. ``table`` lists its entries by
+    two: columns [64] of two bfloat16 as uint32.
+    """
+    if interpret:
+        return _plain_entries(words, below, table, part)
+    kind = plgpu.ShapeDtypeStruct(words.shape, jnp.bfloat16, layout=_OUT)
+    planes = [words] if below is None else [words, below]
+    layouts = (WORDS, HALVES)[: len(planes)] + (_ROW,) * len(table)
+
+    @plgpu.inline_mgpu(arg_types=layouts, return_type=(kind,) * (8 // part))
+    def look(_, *arrays):
+        array, *lower = arrays[: len(planes)]
+        stored = arrays[len(planes) :]
+        tables = [
+            bytes_of([_scalar(c.registers[0, 0, row, 0, 0]) for c in stored])
+            for row in range(2)
+        ]
+
+        def found(word, index):
+            low = _low_word(lower[0].registers[index]) if lower else None
+            return entry_pairs(word, low, *tables[index[_ROW_AXIS]], part)
+
+        return tuple(_each_register(array, found))
+
+    return look(*planes, *table)
+
+
+def _plain_entries(words, below, table, part: int):
+    codes, ones = words.astype(jnp.int32), 2**part - 1
+    places = [(codes >> part * j) & ones for j in range(8 // part)]
+    if below is not None:
+        bits = jnp.repeat(below.astype(jnp.int32), 2, 1)
+        bits = bits >> 4 * (jnp.arange(bits.shape[1]) % 2)
+        places = [2 * code | (bits >> j & 1) for j, code in enumerate(places)]
+    half = lambda pair, i: (pair >> 16 * i).astype(jnp.uint16)  # noqa: E731
+    stored = [half(pair, i) for pair in table for i in range(2)]
+    values = jnp.stack([lax.bitcast_convert_type(e, jnp.bfloat16) for e in stored], 1)
+    return tuple(jnp.take_along_axis(values, permute(code), 1) for code in places)
 
 
 def _plain_digits(words, part: int, place: int):
@@ -89,7 +154,7 @@ def _each_register(array, function):
     outs = None
     for index, register in np.ndenumerate(array.registers):
         word = vector.bitcast(ir.VectorType.get((1,), _i32()), register)
-        made = function(_Word(llvm.extractelement(word, _Word.constant(0).value)))
+        made = function(_scalar(word), index)
         if outs is None:
             shape = layout.registers_shape(array.shape)
             outs = [np.empty(shape, object) for _ in made]
@@ -122,26 +187,85 @@ def _signed_pair(word, select: int):
 def level_pairs(word, bits: np.ndarray) -> tuple[list, list]:
     """Eight nibbles -> (pairs of the low nibbles, pairs of the high ones).
 
-    ``bits`` are the 16 levels as uint16. A byte permutation looks up four 3-bit
-    indices in eight bytes at once; a third one takes the fourth bit into account.
+    ``bits`` are the 16 levels as uint16.
     """
-    index = word & 0x77777777
-    blend = ((word & 0x88888888) >> 1) | 0x32103210
-    low, high = [], []
-    for half in range(2):
-        if half:
-            index, blend = index >> 16, blend >> 16
-        by_byte = [_look(index, blend, (bits >> shift) & 0xFF) for shift in (0, 8)]
-        low.append(by_byte[0].permuted(by_byte[1], 0x6240))
-        high.append(by_byte[0].permuted(by_byte[1], 0x7351))
+    quads = [((bits >> shift) & 0xFF).astype(np.uint8).view("<u4") for shift in (0, 8)]
+    tables = [[word.constant(int(quad)) for quad in one] for one in quads]
+    low, high = entry_pairs(word, None, *tables, 4)
     return low, high
 
 
-def _look(index, blend, table):
-    """Four entries of a table of 16 bytes."""
-    quads = table.astype(np.uint8).view("<u4")
-    a, b, c, d = (index.constant(int(quad)) for quad in quads)
+def bytes_of(words: list) -> tuple[list, list]:
+    """The low and the high bytes, four to a word, of entries that lie two to a word."""
+    pairs = list(zip(words[::2], words[1::2] or words, strict=True))
+    selects = (0x6420, 0x7531)
+    low, high = ([a.permuted(b, select) for a, b in pairs] for select in selects)
+    return low, high
+
+
+def entry_pairs(word, below, low: list, high: list, part: int) -> list[list]:
+    """The codes at each place of four bytes -> two words of two entries.
+
+    ``low`` and ``high`` are the bytes of up to 16 entries, four to a word; ``below``
+    16 bits that go below the 16 codes of two bits.
+    """
+    reach = 4 // part  # places of one nibble
+    found = [[] for _ in range(2 * reach)]
+    for place in range(reach):
+        index = (word >> part * place) & (2**part - 1) * 0x11111111
+        if below is not None:
+            index = (index << 1) | _every_fourth(below >> place)
+        found[place], found[place + reach] = _nibble_pairs(index, low, high)
+    return found
+
+
+def _every_fourth(word):
+    """The even ones of 16 bits, moved to the lowest bits of eight nibbles."""
+    word = word & 0x5555
+    word = (word | (word << 8)) & 0x00550055
+    word = (word | (word << 4)) & 0x05050505
+    return (word | (word << 2)) & 0x11111111
+
+
+def _nibble_pairs(index, low: list, high: list) -> tuple[list, list]:
+    """Entries of eight nibbles: (pairs of the low nibbles, pairs of the high ones).
+
+    A byte permutation looks up four 3-bit indices in eight bytes at once; of 16
+    entries, a third one takes the fourth bit into account.
+    """
+    blend = index
+    if len(low) > 2:
+        blend = ((index & 0x88888888) >> 1) | 0x32103210
+        index = index & 0x77777777
+    first, second = [], []
+    for half in range(2):
+        if half:
+            index, blend = index >> 16, blend >> 16
+        by_byte = [_look(index, blend, quads) for quads in (low, high)]
+        first.append(by_byte[0].permuted(by_byte[1], 0x6240))
+        second.append(by_byte[0].permuted(by_byte[1], 0x7351))
+    return first, second
+
+
+def _look(index, blend, quads: list):
+    """Four entries of a table of 4, 8 or 16 bytes."""
+    if len(quads) < 4:
+        return quads[0].permuted(quads[-1], index)
+    a, b, c, d = quads
     return a.permuted(b, index).permuted(c.permuted(d, index), blend)
+
+
+def _scalar(register) -> _Word:
+    """A register of 32 bits, held as a vector of one."""
+    return _Word(llvm.extractelement(register, _Word.constant(0).value))
+
+
+def _low_word(register) -> _Word:
+    """Two bytes as the low half of a word."""
+    half = ir.IntegerType.get_signless(16)
+    pair = vector.bitcast(ir.VectorType.get((1,), half), register)
+    value = llvm.extractelement(pair, _Word.constant(0).value)
+    return _Word(arith.extui(_i32(), value))
 
 
 class _Word:
@@ -158,11 +282,15 @@ class _Word:
     def __and__(self, mask: int) -> _Word:
         return _Word(arith.andi(self.value, self.constant(mask).value))
 
-    def __or__(self, mask: int) -> _Word:
-        return _Word(arith.ori(self.value, self.constant(mask).value))
+    def __or__(self, other: int | _Word) -> _Word:
+        other = self.constant(other) if isinstance(other, int) else other
+        return _Word(arith.ori(self.value, other.value))
 
     def __xor__(self, mask: int) -> _Word:
         return _Word(arith.xori(self.value, self.constant(mask).value))
+
+    def __lshift__(self, count: int) -> _Word:
+        return _Word(arith.shli(self.value, self.constant(count).value))
 
     def __rshift__(self, count: int) -> _Word:
         return _Word(arith.shrui(self.value, self.constant(count).value))
