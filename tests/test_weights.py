@@ -47,6 +47,7 @@ from jaxllm.core.weights import (
     Permutation,
     Reassembly,
     Scale,
+    StaticInput,
     Sum,
     Trainable,
     Transformed,
@@ -80,6 +81,13 @@ def split_and_merged() -> Reassembly:
     parts = np.ones(ROWS, np.uint8)
     parts[:3] = 3
     return Reassembly(*map(jnp.asarray, (first, second, parts)))
+
+
+def static_input(w, block: int | None = None) -> StaticInput:
+    """Ranges of 3.8 and more, one per block of inputs."""
+    blocks = 1 if block is None else -(-ROWS // block)
+    scale = jnp.linspace(0.03, 0.035, blocks)
+    return StaticInput(w, scale, None, ActivationFormat(8, block=block))
 
 
 TYPES = {
@@ -145,6 +153,15 @@ TYPES = {
     "w2a8 balanced": lambda: ActivationQuantized(
         rounded(balanced(2), None), ActivationFormat(8)
     ),
+    "static w8a8": lambda: static_input(rounded(Integer(8, True), None)),
+    "static w4a8 in groups": lambda: static_input(rounded(Integer(4, True), 16), 16),
+    "static w4a8 two levels": lambda: static_input(TYPES["two levels"]()),
+    "static with zeros": lambda: StaticInput(
+        rounded(Integer(4)),
+        jnp.full(1, 0.03),
+        jnp.full(1, 120, jnp.uint8),
+        ActivationFormat(8, symmetric=False),
+    ),
     "reassembled": lambda: Transformed(split_and_merged(), dense()),
     "two levels": lambda: dual_grained(4, 16, metric=identity())(dense(), None),
     "w4a8 two levels": lambda: ActivationQuantized(
@@ -152,9 +169,10 @@ TYPES = {
     ),
 }
 INTEGER_PRODUCTS = (
-    "w8a8", "w4a8 in groups", "w4a8 two levels", "w4ax", "w2a8 balanced"
+    "w8a8", "w4a8 in groups", "w4a8 two levels", "w4ax", "w2a8 balanced",
+    "static w8a8", "static w4a8 in groups", "static w4a8 two levels",
 )  # fmt: skip
-ROUNDS_INPUT = {"w4a8", *INTEGER_PRODUCTS}
+ROUNDS_INPUT = {"w4a8", "static with zeros", *INTEGER_PRODUCTS}
 
 
 @pytest.fixture(params=TYPES, scope="module")
@@ -270,7 +288,7 @@ def test_integer_product_is_exact(kind):
     w = TYPES[kind]()
     assert w.integer_product
     x = dense(10, (6, ROWS))
-    exact = np.float64(w.format.round(x)) @ np.float64(w.materialize())
+    exact = np.float64(w.rounded(x)) @ np.float64(w.materialize())
     np.testing.assert_allclose(w.dot(x), exact, rtol=2e-6, atol=2e-5)
     text = str(jax.make_jaxpr(w.dot)(x))
     assert "preferred_element_type=int32" in text
@@ -344,6 +362,27 @@ def test_a_short_last_block_of_activations_is_a_block_of_its_own():
     codes, scale = ActivationFormat(4, block=8).integers(x)
     back = codes * jnp.repeat(scale, 8, -1)[:, :20]
     np.testing.assert_allclose(back, ActivationFormat(4, block=8).round(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", (True, False))
+def test_a_static_range_clips_and_its_gradients_are_those_of_its_ends(symmetric):
+    """Within the range (round(u) - u) per token, beyond it the end (LSQ, eq. 3)."""
+    format = ActivationFormat(4, symmetric, block=8)
+    zero = None if symmetric else jnp.array([3.0, 5.0])
+    scale, x = jnp.array([0.3, 0.5]), dense(23, (6, 16)) * 2
+    low, high = (-8, 7) if symmetric else (-zero[:, None], 15 - zero[:, None])
+    u = x.reshape(6, 2, 8) / scale[:, None]
+    codes = jnp.clip(jnp.round(u), low, high)
+    found = format.fixed(x, scale, zero)
+    wanted = (codes * scale[:, None]).reshape(x.shape)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    total = lambda scale, x: format.fixed(x, scale, zero).sum()  # noqa: E731
+    to_scale, to_x = jax.grad(total, (0, 1))(scale, x)
+    within = (u >= low) & (u <= high)
+    slope = jnp.where(within, codes - u, codes)
+    np.testing.assert_allclose(to_scale, slope.sum((0, 2)), rtol=1e-4)
+    np.testing.assert_allclose(to_x, within.reshape(x.shape), atol=1e-6)
+    assert 0.02 < 1 - within.mean() < 0.5
 
 
 def test_a_type_without_a_dense_part_refuses():

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int8, UInt8
 
 from jaxllm.core.arrays import Leaf, static, to_rank
 from jaxllm.core.formats import ActivationFormat
 from jaxllm.core.weights import base
-from jaxllm.core.weights.base import Weight, Wrapper
+from jaxllm.core.weights.base import Names, Weight, Wrapper
 from jaxllm.core.weights.transformed import Transformed
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ActivationQuantized(Wrapper):
-    """y = round(x) W with x rounded per token (and block of inputs) to ``format``.
+class RoundedInput(Wrapper):
+    """y = round(x) W.
 
     Where the weight can multiply integers and both sides are symmetric ones with
     scales of the same blocks, the product is a real int8 x int8 -> int32 one;
@@ -28,8 +27,17 @@ class ActivationQuantized(Wrapper):
     same numbers.
     """
 
-    inner: Any
-    format: ActivationFormat = static()
+    format: ActivationFormat
+
+    @abc.abstractmethod
+    def rounded(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch in"]:
+        """The values of x that reach the weight."""
+
+    @abc.abstractmethod
+    def integers(
+        self, x: Float[Array, "*batch in"]
+    ) -> tuple[Int8[Array, "*batch in"], Float[Array, "*batch blocks"]]:
+        """The same as signed codes with the scales of their blocks."""
 
     @property
     def integer_product(self) -> bool:
@@ -38,20 +46,34 @@ class ActivationQuantized(Wrapper):
 
     def dot(self, x):
         if not self.integer_product:
-            return base.dot(self.format.round(x), self.inner)
-        codes, scale = self.format.integers(x)
+            return base.dot(self.rounded(x), self.inner)
+        codes, scale = self.integers(x)
         return self.inner.dot_codes(codes, scale, x.dtype)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class StaticInput(Wrapper):
+class ActivationQuantized(RoundedInput):
+    """y = round(x) W with x rounded per token (and block of inputs) to ``format``."""
+
+    inner: Any
+    format: ActivationFormat = static()
+
+    def rounded(self, x):
+        return self.format.round(x)
+
+    def integers(self, x):
+        return self.format.integers(x)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StaticInput(RoundedInput):
     """y = round(x) W with x rounded to one range for all tokens, known beforehand.
 
-    ``scale`` and ``zero`` [blocks] are leaves: stored, and learnable, since gradients
-    pass rounding straight. ``zero`` is None where ``format`` is symmetric; the format's
-    ``block`` None gives the whole input one range. The product is one of integers
-    where that of ``ActivationQuantized`` is.
+    ``scale`` and ``zero`` [blocks] are leaves: stored, and learnable where ``inner`` is
+    an array, since gradients pass rounding straight. ``zero`` is None where ``format``
+    is symmetric; its ``block`` None gives the whole input one range.
     """
 
     inner: Any
@@ -59,19 +81,15 @@ class StaticInput(Wrapper):
     zero: Leaf[Float[Array, "*lead blocks"] | UInt8[Array, "*lead blocks"] | None]
     format: ActivationFormat = static()
 
-    @property
-    def integer_product(self) -> bool:
-        return ActivationQuantized(self.inner, self.format).integer_product
+    def rounded(self, x):
+        return self.format.fixed(x, self.scale, self.zero)
 
-    def dot(self, x):
-        if not self.integer_product:
-            return base.dot(self.format.fixed(x, self.scale, self.zero), self.inner)
-        codes = self.format.fixed_integers(x, self.scale)
-        scale = self.scale.astype(jnp.float32)
-        scale = jnp.broadcast_to(to_rank(scale, x.ndim), (*x.shape[:-1], *scale.shape))
-        return self.inner.dot_codes(codes, scale, x.dtype)
+    def integers(self, x):
+        scale = to_rank(self.scale.astype(jnp.float32), x.ndim)
+        scale = jnp.broadcast_to(scale, (*x.shape[:-1], scale.shape[-1]))
+        return self.format.fixed_integers(x, self.scale), scale
 
-    def axes(self, names: base.Names) -> StaticInput:
+    def axes(self, names: Names) -> StaticInput:
         zero = None if self.zero is None else (None,)
         inner = base.axes(self.inner, names)
         return dataclasses.replace(self, inner=inner, scale=(None,), zero=zero)
@@ -89,4 +107,4 @@ def around_input(w, wrap: Callable[[Any], Weight]) -> Weight:
     """
     if isinstance(w, Transformed):
         return dataclasses.replace(w, inner=around_input(w.inner, wrap))
-    return wrap(w.inner if isinstance(w, ActivationQuantized | StaticInput) else w)
+    return wrap(w.inner if isinstance(w, RoundedInput) else w)
