@@ -20,6 +20,61 @@ from pallas_kernels import compat, hopper
 from pallas_kernels.hopper import LANES
 
 
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Tiles: rows of x, inputs of a step, depth of the ring, splits of the inputs.
+
+    ``splits`` blocks share an output tile; their float32 parts are summed outside,
+    where XLA fuses the sum with what follows. ``sums``: scales multiply each block's
+    sums in float32 (few rows), else the weights in bfloat16 (many rows).
+    """
+
+    rows: int
+    inputs: int
+    stages: int = 4
+    splits: int = 1
+    warpgroups: int = 2
+    sums: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is static about a product; ``block`` inputs share scales (None: all)."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    block: int | None
+    narrow: bool  # the result is bfloat16
+    tuning: Tuning
+
+    @property
+    def steps(self) -> int:
+        return self.inputs // self.tuning.inputs // self.tuning.splits
+
+    @property
+    def groups(self) -> int:
+        """Blocks of scales in a step (one where a block spans steps)."""
+        return 1 if self.block is None else max(1, self.tuning.inputs // self.block)
+
+    @property
+    def tile(self) -> int:
+        return LANES * self.tuning.warpgroups
+
+    @property
+    def partial(self) -> bool:
+        """The kernel writes float32 out^T for each split."""
+        return self.tuning.splits > 1 or not self.narrow
+
+    def group(self, step, g: int):
+        """The block of scales that group ``g`` of a step belongs to."""
+        if self.block is None:
+            return 0
+        if self.block > self.tuning.inputs:
+            return step // (self.block // self.tuning.inputs)
+        return step * self.groups + g
+
+
 class Stream(NamedTuple):
     """An operand that passes through the ring, ``columns`` of it a step.
 
@@ -53,13 +108,12 @@ class Place(NamedTuple):
 class Product:
     """A call: operands of the ring, others in device memory, and what consumes them.
 
-    ``plan`` has ``tuning`` (rows, stages, splits, warpgroups), rows, outputs, steps,
-    tile, narrow and partial. ``consume(ring, others, place)`` returns a warpgroup's
-    sums [64, rows] in float32. ``staged`` are widths of operands in shared memory, for
-    the interpreter's wgmma, which takes none from registers.
+    ``consume(ring, others, place)`` returns a warpgroup's sums [64, rows] in float32.
+    ``staged`` are widths of operands in shared memory, for the interpreter's wgmma,
+    which takes none from registers.
     """
 
-    plan: Any
+    plan: Plan
     x: Sequence[Stream]
     w: Sequence[Stream]
     others: Sequence[Any]
@@ -153,7 +207,7 @@ def _tiles(stages: int, rows: int, stream: Stream):
     return hopper.tiles(shape, dtype, stream.width)
 
 
-def sums(plan, ring: Ring, fetch, multiply, *, constant: bool):
+def sums(plan: Plan, ring: Ring, fetch, multiply, *, constant: bool):
     """The sums [64, rows] of a warpgroup over all steps.
 
     ``fetch(i)`` loads what step i needs from device memory, a step ahead of its use,
@@ -178,7 +232,7 @@ def sums(plan, ring: Ring, fetch, multiply, *, constant: bool):
     return pl.run_scoped(scope, plgpu.ACC((LANES, plan.tuning.rows)))
 
 
-def sums_of_blocks(plan, ring: Ring, fetch, multiply, scales, terms: int = 1):
+def sums_of_blocks(plan: Plan, ring: Ring, fetch, multiply, scales, terms: int = 1):
     """The same where each block is summed apart and then scaled, all in float32.
 
     ``scales(values)`` are those of the accumulators: ``terms`` of each group.

@@ -17,6 +17,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import hopper, tuning
+from pallas_kernels.nm_matmul import fragments as expansion
 from pallas_kernels.quantized_matmul import fragments, gpu_plan
 from pallas_kernels.quantized_matmul.cases import NF4
 from pallas_kernels.quantized_matmul.reference import parts
@@ -35,8 +36,11 @@ class Word:
     def constant(cls, value: int) -> Word:
         return cls(value)
 
-    def __and__(self, mask: int) -> Word:
-        return Word(self.value & mask)
+    def __and__(self, other: int | Word) -> Word:
+        return Word(self.value & (other if isinstance(other, int) else other.value))
+
+    def __mul__(self, factor: int) -> Word:
+        return Word(self.value * factor)
 
     def __or__(self, other: int | Word) -> Word:
         return Word(self.value | (other if isinstance(other, int) else other.value))
@@ -142,6 +146,43 @@ class TestFragments:
             assert (wide[..., ::2] // 2 == narrow).all()
             assert (np.diff(wide, axis=-1) == 1).all()
 
+    @pytest.mark.parametrize("m", (4, 8))
+    def test_kept_values(self, m):
+        """Every mask that a group can have, beside another's."""
+        rng = np.random.default_rng(m)
+        kept = rng.normal(size=8).astype(ml_dtypes.bfloat16)
+        words = [Word(int(word)) for word in kept.view("<u4")]
+        groups = [g for g in range(2**m) if g.bit_count() == m // 2]
+        for one, other in zip(groups, groups[1:] + groups[:1], strict=True):
+            flags = one | other << m
+            flags |= flags << 8 if m == 4 else 0
+            bits = np.array([flags >> i & 1 for i in range(16)], bool)
+            want = np.zeros(16, np.float32)
+            want[bits] = kept
+            assert floats(expansion.placed(words, Word(flags), m)) == want.tolist()
+
+    def test_pairs_of_codes(self):
+        for value in range(256):
+            four = [value, 255 - value, value ^ 0x5A, 7 * value % 256]
+            nibbles = [n for byte in four for n in (byte & 15, byte >> 4)]
+            for zero in (8, 3):
+                less = [Word(expansion.doubled(128.0 + zero))]
+                pairs = expansion.code_pairs(four_bytes(*four), less)
+                assert floats(pairs) == [n - zero for n in nibbles]
+
+    @pytest.mark.parametrize("itemsize", (2, 4))
+    def test_flags_and_values_meet(self, itemsize):
+        """A thread's two bytes of flags are of the inputs that its values belong to."""
+        values = held(expansion.value_layout(itemsize).to_mgpu(), 128)
+        flags = held(fragments.HALVES.to_mgpu(), 32)
+        owned = values.reshape(*flags.shape[:2], 8)
+        assert (owned[..., ::4] // 4 == flags).all()
+        assert (np.diff(owned, axis=-1) == 1).all()
+        order = np.asarray(fragments.permute(jnp.arange(64), 4)).reshape(4, 16)
+        for q, start in enumerate((0, 32, 16, 48)):
+            own = order[:, [2 * q, 2 * q + 1, 2 * q + 8, 2 * q + 9]]
+            assert own.ravel().tolist() == list(range(start, start + 16))
+
     def test_columns(self):
         """Thread q loads bytes 4b..4b+3 and wgmma takes them as 2q, 2q+1, 2q+8, 2q+9.
 
@@ -160,7 +201,7 @@ class TestTuning:
     """Default rules stay inside the machine; tables are checked when read."""
 
     @pytest.mark.parametrize(
-        "name", ("quantized_matmul", "scaled_matmul", "table_matmul")
+        "name", ("nm_matmul", "quantized_matmul", "scaled_matmul", "table_matmul")
     )
     def test_default_fits(self, name):
         op = pallas_kernels.ops()[name]
@@ -171,11 +212,14 @@ class TestTuning:
                 continue
             x, outputs = case.shapes[0], jax.tree.leaves(case.shapes[1])[0].shape[0]
             block = case.options["block"] or x.shape[1]
-            last = (
-                (case.options["bits"], block)
-                if "bits" in case.options
-                else (block, x.dtype)
-            )
+            if name == "nm_matmul":
+                stored = jax.tree.leaves(case.shapes[2])[0]
+                size = stored.dtype.itemsize * stored.shape[1] / x.shape[1]
+                last = block, size
+            elif name == "scaled_matmul":
+                last = block, x.dtype
+            else:
+                last = case.options["bits"], block
             made = module.default_tuning(*x.shape, outputs, *last)
             steps = x.shape[1] // made.inputs
             assert steps * made.inputs == x.shape[1]
@@ -187,7 +231,7 @@ class TestTuning:
                 busy = blocks * made.splits / hopper.PROCESSORS
                 assert busy >= 1 or steps // made.splits < 8, f"{case}: {busy:.2f}"
             seen += 1
-        assert seen > 20
+        assert seen > 10
 
     def test_refusals_say_why(self):
         plane = np.zeros((64, 128), np.uint8)
@@ -252,6 +296,7 @@ PACKED = {
         "llama3-8b/o/w4-g128-asym/m16",
         "llama3-8b/gate_up/w3-g128-sym/m1",
     ),
+    "nm_matmul": ("llama3-8b/o/2of4-float/m1", "llama3-8b/o/2of4-w4-g128/m1"),
     "table_matmul": ("llama3-8b/o/table4-channel/m1", "llama3-8b/o/table4-g128/m256"),
 }
 
@@ -264,16 +309,13 @@ def test_no_dense_weight_and_no_copy_of_planes(op):
     for name, text in found.items():
         outputs = 4096 if "/o/" in name else 28672
         weight = outputs * 4096
-        for kind, shape in re.findall(r"= (bf16|f16|f32)\[([\d,]+)\]", text):
-            size = np.prod([int(n) for n in shape.split(",")])
-            assert size < weight / 4, f"{name}: {kind}[{shape}]"
-        made = [
-            line
-            for line in text.splitlines()
-            if re.search(r"= (u8|u32)\[\d{4},\d+\]", line)
-            and not re.search(r"\b(parameter|bitcast)\(", line)
-        ]
-        assert not made, made
+        for line in text.splitlines():
+            made = re.search(r"= (bf16|f16|f32|u8|u32)\[([\d,]+)\]", line)
+            if made is None or re.search(r"\b(parameter|bitcast)\(", line):
+                continue
+            size = np.prod([int(n) for n in made[2].split(",")])
+            most = weight / 8 if made[1][0] != "u" else 4096
+            assert size <= most, f"{name}: {line}"
         assert "mosaic" in text
 
 

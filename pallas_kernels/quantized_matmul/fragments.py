@@ -22,25 +22,38 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from pallas_kernels import compat
 
 TILE = 16  # columns that wgmma multiplies at a time
-_ROW_AXIS = 4  # of a tile's registers: 0 for a thread's upper row, 1 for its lower
-_OUT = plgpu.Layout.WGMMA
+ROW_AXIS = 4  # of a tile's registers: 0 for a thread's upper row, 1 for its lower
+OUT = plgpu.Layout.WGMMA
 WORDS = plgpu.Layout.WGMMA_UPCAST_2X
-_ROW = plgpu.Layout.WGMMA.reduce(1)
-# WORDS with two bytes where that has four.
-HALVES = plgpu.Layout.TILED(
-    Tiling(((64, 8), (16, 8), (8, 8), (4,), (2,))),
-    warp_dims=(-8,),
-    lane_dims=(-4, -2, -3),
-    vector_dim=-1,
-)
+ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
-def permute(a):
-    """The minor axis in wgmma's order: 16 columns as (block, half, pair, element)."""
+def neighbours(count: int, vector: int):
+    """WORDS, but a thread has ``count`` neighbours where it has four there.
+
+    They come in registers of ``vector`` elements.
+    """
+    wide, last = 4 * count, ((vector,),) if vector < count else ()
+    tiles = ((64, wide), (16, wide), (8, wide), (2 * count,), (count,), *last)
+    lanes = (-4, -2, -3) if vector == count else (-5, -3, -4)
+    return plgpu.Layout.TILED(
+        Tiling(tiles), warp_dims=(lanes[0] - 4,), lane_dims=lanes, vector_dim=-1
+    )
+
+
+HALVES = neighbours(2, 2)
+
+
+def permute(a, tiles: int = 1):
+    """The minor axis in wgmma's order, where threads hold neighbours in ``tiles``.
+
+    16 columns of each tile are (block, half, pair, element), the first two exchanged.
+    """
     lead, columns = a.shape[:-1], a.shape[-1]
-    a = a.reshape(*lead, columns // TILE, 2, 2, 2, 2)  # .., block, half, pair, element
+    # .., block, half, tile, pair, element
+    a = a.reshape(*lead, columns // (TILE * tiles), 2, 2, tiles, 2, 2)
     k = len(lead) + 1
-    order = (*range(k), k + 2, k + 1, k, k + 3)  # .., pair, half, block, element
+    order = (*range(k), k + 2, k + 3, k + 1, k, k + 4)
     return a.transpose(order).reshape(*lead, columns)
 
 
@@ -51,11 +64,11 @@ def digits(words, part: int, place: int, *, interpret: bool):
     """
     if interpret:
         return _plain_digits(words, part, place)
-    kind = plgpu.ShapeDtypeStruct(words.shape, jnp.bfloat16, layout=_OUT)
+    kind = plgpu.ShapeDtypeStruct(words.shape, jnp.bfloat16, layout=OUT)
 
     @plgpu.inline_mgpu(arg_types=(WORDS,), return_type=kind)
     def peel(_, array):
-        (out,) = _each_register(array, lambda r, _: [digit_pairs(r, part, place)])
+        (out,) = each_register(array, lambda r, _: [digit_pairs(r, part, place)])
         return out
 
     return peel(words)
@@ -67,12 +80,12 @@ def lookup(words, levels: tuple[float, ...], *, interpret: bool):
     table = np.concatenate([table, np.zeros(16 - len(table), table.dtype)])
     if interpret:
         return _plain_lookup(words, table)
-    kind = plgpu.ShapeDtypeStruct(words.shape, jnp.bfloat16, layout=_OUT)
+    kind = plgpu.ShapeDtypeStruct(words.shape, jnp.bfloat16, layout=OUT)
     bits = table.view(np.uint16)
 
     @plgpu.inline_mgpu(arg_types=(WORDS,), return_type=(kind, kind))
     def look(_, array):
-        return tuple(_each_register(array, lambda r, _: level_pairs(r, bits)))
+        return tuple(each_register(array, lambda r, _: level_pairs(r, bits)))
 
     return look(words)
 
@@ -94,24 +107,21 @@ def entries(words, below, table, part: int, *, interpret: bool):
     """
     if interpret:
         return _plain_entries(words, below, table, part)
-    kind = plgpu.ShapeDtypeStruct(words.shape, jnp.bfloat16, layout=_OUT)
+    kind = plgpu.ShapeDtypeStruct(words.shape, jnp.bfloat16, layout=OUT)
     planes = [words] if below is None else [words, below]
-    layouts = (WORDS, HALVES)[: len(planes)] + (_ROW,) * len(table)
+    layouts = (WORDS, HALVES)[: len(planes)] + (ROW,) * len(table)
 
     @plgpu.inline_mgpu(arg_types=layouts, return_type=(kind,) * (8 // part))
     def look(_, *arrays):
         array, *lower = arrays[: len(planes)]
         stored = arrays[len(planes) :]
-        tables = [
-            bytes_of([_scalar(c.registers[0, 0, row, 0, 0]) for c in stored])
-            for row in range(2)
-        ]
+        tables = [bytes_of([by_row(c, row) for c in stored]) for row in range(2)]
 
         def found(word, index):
-            low = _low_word(lower[0].registers[index]) if lower else None
-            return entry_pairs(word, low, *tables[index[_ROW_AXIS]], part)
+            low = words_of(lower[0].registers[index])[0] if lower else None
+            return entry_pairs(word, low, *tables[index[ROW_AXIS]], part)
 
-        return tuple(_each_register(array, found))
+        return tuple(each_register(array, found))
 
     return look(*planes, *table)
 
@@ -148,19 +158,27 @@ def _plain_lookup(words, table):
     return tuple(out)
 
 
-def _each_register(array, function):
-    """Arrays in wgmma's layout from the pairs that four bytes become."""
-    layout = _OUT.to_mgpu()
-    outs = None
-    for index, register in np.ndenumerate(array.registers):
-        word = vector.bitcast(ir.VectorType.get((1,), _i32()), register)
-        made = function(_scalar(word), index)
-        if outs is None:
-            shape = layout.registers_shape(array.shape)
-            outs = [np.empty(shape, object) for _ in made]
-        for out, pairs in zip(outs, made, strict=True):
+def each_register(array, function):
+    """Arrays in wgmma's layout from the pairs that the bytes of a register become.
+
+    ``function(word, index)`` returns a list of pairs for each array.
+    """
+    made = {
+        index: function(words_of(register)[0], index)
+        for index, register in np.ndenumerate(array.registers)
+    }
+    layout, (first, *_) = OUT.to_mgpu(), made.values()
+    count = len(first[0])  # pairs of a register, each of eight columns
+    shape = layout.registers_shape(
+        (array.shape[0], 8 * count * array.registers.shape[1])
+    )
+    outs = [np.empty(shape, object) for _ in first]
+    for index, lists in made.items():
+        for out, pairs in zip(outs, lists, strict=True):
             for i, pair in enumerate(pairs):
-                out[(index[0], 2 * index[1] + i, *index[2:-1])] = pair.floats()
+                out[(index[0], count * index[1] + i, *index[2 : out.ndim])] = (
+                    pair.floats()
+                )
     return [
         mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
         for out in outs
@@ -241,13 +259,13 @@ def _nibble_pairs(index, low: list, high: list) -> tuple[list, list]:
     for half in range(2):
         if half:
             index, blend = index >> 16, blend >> 16
-        by_byte = [_look(index, blend, quads) for quads in (low, high)]
+        by_byte = [look_up(index, blend, quads) for quads in (low, high)]
         first.append(by_byte[0].permuted(by_byte[1], 0x6240))
         second.append(by_byte[0].permuted(by_byte[1], 0x7351))
     return first, second
 
 
-def _look(index, blend, quads: list):
+def look_up(index, blend, quads: list):
     """Four entries of a table of 4, 8 or 16 bytes."""
     if len(quads) < 4:
         return quads[0].permuted(quads[-1], index)
@@ -255,57 +273,66 @@ def _look(index, blend, quads: list):
     return a.permuted(b, index).permuted(c.permuted(d, index), blend)
 
 
-def _scalar(register) -> _Word:
-    """A register of 32 bits, held as a vector of one."""
-    return _Word(llvm.extractelement(register, _Word.constant(0).value))
+def by_row(column, row: int) -> Word:
+    """A thread's value of a column of 32 bits for its upper or its lower row."""
+    return words_of(column.registers[0, 0, row, 0, 0])[0]
 
 
-def _low_word(register) -> _Word:
-    """Two bytes as the low half of a word."""
-    half = ir.IntegerType.get_signless(16)
-    pair = vector.bitcast(ir.VectorType.get((1,), half), register)
-    value = llvm.extractelement(pair, _Word.constant(0).value)
-    return _Word(arith.extui(_i32(), value))
+def words_of(register) -> list[Word]:
+    """The words of a register; two bytes are the low half of one."""
+    kind = ir.VectorType(register.type)
+    size = kind.shape[0] * kind.element_type.width
+    if size >= 32:
+        words = vector.bitcast(ir.VectorType.get((size // 32,), _i32()), register)
+        at = range(size // 32)
+        return [Word(llvm.extractelement(words, Word.constant(i).value)) for i in at]
+    half = ir.VectorType.get((1,), ir.IntegerType.get_signless(size))
+    value = llvm.extractelement(vector.bitcast(half, register), Word.constant(0).value)
+    return [Word(arith.extui(_i32(), value))]
 
 
-class _Word:
+class Word:
     """A 32-bit register while the kernel is built; tests put integers in its place."""
 
     def __init__(self, value):
         self.value = value
 
     @classmethod
-    def constant(cls, value: int) -> _Word:
+    def constant(cls, value: int) -> Word:
         signed = value - 2**32 if value >= 2**31 else value
         return cls(arith.constant(_i32(), ir.IntegerAttr.get(_i32(), signed)))
 
-    def __and__(self, mask: int) -> _Word:
-        return _Word(arith.andi(self.value, self.constant(mask).value))
-
-    def __or__(self, other: int | _Word) -> _Word:
+    def __and__(self, other: int | Word) -> Word:
         other = self.constant(other) if isinstance(other, int) else other
-        return _Word(arith.ori(self.value, other.value))
+        return Word(arith.andi(self.value, other.value))
 
-    def __xor__(self, mask: int) -> _Word:
-        return _Word(arith.xori(self.value, self.constant(mask).value))
+    def __mul__(self, factor: int) -> Word:
+        return Word(arith.muli(self.value, self.constant(factor).value))
 
-    def __lshift__(self, count: int) -> _Word:
-        return _Word(arith.shli(self.value, self.constant(count).value))
+    def __or__(self, other: int | Word) -> Word:
+        other = self.constant(other) if isinstance(other, int) else other
+        return Word(arith.ori(self.value, other.value))
 
-    def __rshift__(self, count: int) -> _Word:
-        return _Word(arith.shrui(self.value, self.constant(count).value))
+    def __xor__(self, mask: int) -> Word:
+        return Word(arith.xori(self.value, self.constant(mask).value))
 
-    def permuted(self, other: _Word, select) -> _Word:
+    def __lshift__(self, count: int) -> Word:
+        return Word(arith.shli(self.value, self.constant(count).value))
+
+    def __rshift__(self, count: int) -> Word:
+        return Word(arith.shrui(self.value, self.constant(count).value))
+
+    def permuted(self, other: Word, select) -> Word:
         """PTX prmt: result byte i is byte (nibble i of ``select``) of the two words."""
         select = self.constant(select) if isinstance(select, int) else select
         words = [self.value, other.value, select.value]
         text = "prmt.b32 $0, $1, $2, $3;"
-        return _Word(llvm.inline_asm(_i32(), words, text, "=r,r,r,r"))
+        return Word(llvm.inline_asm(_i32(), words, text, "=r,r,r,r"))
 
-    def minus(self, other: _Word) -> _Word:
+    def minus(self, other: Word) -> Word:
         """Two bfloat16 differences."""
         words, text = [self.value, other.value], "sub.bf16x2 $0, $1, $2;"
-        return _Word(llvm.inline_asm(_i32(), words, text, "=r,r,r"))
+        return Word(llvm.inline_asm(_i32(), words, text, "=r,r,r"))
 
     def floats(self):
         """The register as two bfloat16."""

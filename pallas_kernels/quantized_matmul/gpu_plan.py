@@ -7,29 +7,12 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, hopper_ring
 from pallas_kernels import tuning as tables
 from pallas_kernels.hopper import LANES
-from pallas_kernels.hopper_ring import Stream
+from pallas_kernels.hopper_ring import Stream, Tuning
 from pallas_kernels.quantized_matmul import fragments
 from pallas_kernels.quantized_matmul.reference import parts
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """Tiles: rows of x, inputs of a step, depth of the ring, splits of the inputs.
-
-    ``splits`` blocks share an output tile; their float32 parts are summed outside,
-    where XLA fuses the sum with what follows. ``sums``: scales multiply each block's
-    sums in float32 (few rows), else the weights in bfloat16 (many rows).
-    """
-
-    rows: int
-    inputs: int
-    stages: int = 4
-    splits: int = 1
-    warpgroups: int = 2
-    sums: bool = True
 
 
 class Plane(NamedTuple):
@@ -50,51 +33,19 @@ class Plane(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(hopper_ring.Plan):
     """All that is static about one call."""
 
-    rows: int
-    inputs: int
-    outputs: int
-    block: int | None
     planes: tuple[Plane, ...]
     zero: str  # "none" (``middle`` instead), "integer" or "float"
     middle: float
     levels: tuple[float, ...] | None
-    narrow: bool  # the result is bfloat16
-    tuning: Tuning
-
-    @property
-    def steps(self) -> int:
-        return self.inputs // self.tuning.inputs // self.tuning.splits
-
-    @property
-    def groups(self) -> int:
-        """Blocks of scales in a step (one where a block spans steps)."""
-        return 1 if self.block is None else max(1, self.tuning.inputs // self.block)
-
-    @property
-    def tile(self) -> int:
-        return LANES * self.tuning.warpgroups
-
-    @property
-    def partial(self) -> bool:
-        """The kernel writes float32 out^T for each split."""
-        return self.tuning.splits > 1 or not self.narrow
 
     def stream(self, x, plane: Plane) -> Stream:
         """x [M, K], the inputs of a step by their place in a byte, in wgmma's order."""
         x = x.reshape(self.rows, -1, plane.bytes, plane.places).swapaxes(2, 3)
         x = fragments.permute(x).reshape(self.rows, self.inputs)
         return Stream(x, self.tuning.inputs, 2 * plane.block)
-
-    def group(self, step, g: int):
-        """The block of scales that group ``g`` of a step belongs to."""
-        if self.block is None:
-            return 0
-        if self.block > self.tuning.inputs:
-            return step // (self.block // self.tuning.inputs)
-        return step * self.groups + g
 
 
 def refuse(inputs, outputs, bits, block, levels, planes) -> None:
