@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import subprocess
@@ -16,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
-from pallas_kernels import aot, choice
+from pallas_kernels import aot, choice, partition
 
 OPS = pallas_kernels.ops()
 PAIRS = [
@@ -283,8 +285,71 @@ def on_mesh(run, args, specs):
     return compiled(*placed), compiled.as_text()
 
 
+def on_axes(op, case, split: str):
+    """Specs of a case's arguments: leading axes over data, ``split`` over tensor."""
+    letters = partition.Named.of(
+        op.layout(case.shapes, case.options), case.shapes, (), {}
+    ).arguments
+    leaves, tree = jax.tree.flatten(case.shapes)
+    named = [
+        (letter, size)
+        for text, a in zip(letters, leaves, strict=True)
+        for letter, size in zip(text, a.shape, strict=True)
+        if size > 1
+    ]
+    group = np.lcm(partition.WHOLE, case.options.get("block") or 1)
+    least = dict.fromkeys(split, ("tensor", 4)) | dict.fromkeys("0b", ("data", 2))
+    axes = {
+        letter: axis
+        for letter, (axis, parts) in least.items()
+        if all(size % parts == 0 for own, size in named if own == letter)
+        and (letter != "i" or case.shapes[0].shape[-1] % (parts * group) == 0)
+    }
+    specs = [
+        P(*(axes.get(x) if n > 1 else None for x, n in zip(text, a.shape, strict=True)))
+        for text, a in zip(letters, leaves, strict=True)
+    ]
+    used = {axis for spec in specs for axis in spec if axis}
+    return jax.tree.unflatten(tree, specs), used
+
+
+def divisible(op, split: str):
+    """The op's tiny case that most axes of a mesh divide, its specs and the axes."""
+    parts = {"data": 2, "tensor": 4, None: 1}
+
+    def part(a, spec):
+        pairs = itertools.zip_longest(a.shape, spec)
+        return jax.ShapeDtypeStruct([n // parts[axis] for n, axis in pairs], a.dtype)
+
+    found = [(c, *on_axes(op, c, split)) for c in op.cases if c.tiny]
+    served = [
+        item
+        for item in found
+        for shapes in [jax.tree.map(part, item[0].shapes, item[1])]
+        if not op.missing("tpu", *shapes, **item[0].options)
+    ]
+    return max(served, key=lambda item: len(item[2]))
+
+
 class TestMesh:
     """Called on a mesh, ops divide their arguments by themselves."""
+
+    @pytest.mark.parametrize("split", ["oh", "i"], ids=["outputs", "inputs"])
+    @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+    def test_every_op_divides_a_case(self, op, split):
+        """Rows and outputs, heads or inputs: equal results, and nothing is gathered."""
+        case, specs, axes = divisible(op, split)
+        if split == "i" and "tensor" not in axes:
+            pytest.skip("its inputs are never divided, or no tiny case divides")
+        assert axes
+        args = case.make(jax.random.key(9))
+        run = functools.partial(op, **case.options)
+        got, program = on_mesh(run, args, specs)
+        want = op.reference(*wide(args), **case.options)
+        assert_near(got, want, max(case.tolerance, 1e-4 if split == "i" else 0))
+        assert_same_codes(got, want)
+        assert "all-gather" not in program
+        assert ("all-reduce" in program) == (split == "i")
 
     def test_column_then_row_parallel_weights(self):
         """No weight moves; only partial sums of the second map are added up."""

@@ -6,5 +6,9 @@ from pallas_kernels.gated_matmul import tpu
 from pallas_kernels.gated_matmul.cases import CASES
 from pallas_kernels.gated_matmul.reference import gated_matmul
 from pallas_kernels.op import Op
+from pallas_kernels.partition import Layout
 
-op = Op("gated_matmul", gated_matmul, {"tpu": tpu.gated_matmul}, CASES)
+KERNELS = {"tpu": tpu.gated_matmul}
+LAYOUT = Layout(("*.", ".o", ".", ""), "*o")  # block numbers count all inputs
+
+op = Op("gated_matmul", gated_matmul, KERNELS, CASES, layout=lambda *_: LAYOUT)

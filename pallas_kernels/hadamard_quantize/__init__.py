@@ -6,5 +6,11 @@ from pallas_kernels.hadamard_quantize import tpu
 from pallas_kernels.hadamard_quantize.cases import CASES
 from pallas_kernels.hadamard_quantize.reference import hadamard_quantize
 from pallas_kernels.op import Op
+from pallas_kernels.partition import Layout
 
-op = Op("hadamard_quantize", hadamard_quantize, {"tpu": tpu.hadamard_quantize}, CASES)
+KERNELS = {"tpu": tpu.hadamard_quantize}
+LAYOUT = Layout(("*.", "..", ".."), ("*.", "*."))  # a scale needs its whole row
+
+op = Op(
+    "hadamard_quantize", hadamard_quantize, KERNELS, CASES, layout=lambda *_: LAYOUT
+)
