@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.core.compose import Context, inside
-from jaxllm.core.formats import ActivationFormat, MixedActivation
-from jaxllm.core.learned import check_inside_blocks
+from jaxllm.core.compose import Context, compress, inside
+from jaxllm.core.formats import TINY, ActivationFormat, MixedActivation
+from jaxllm.core.learned import Inputs, check_inside_blocks
 from jaxllm.core.model import Model, get, put
+from jaxllm.core.reconstruct import straight_through
 from jaxllm.core.scales import absmax
 from jaxllm.core.spec import expression, marked
 from jaxllm.core.stats import Samples
@@ -110,6 +111,18 @@ def static_inputs(format: ActivationFormat, rule=absmax()):
     return marked(run, needs=("inputs",))
 
 
+def rounded(solve, format: ActivationFormat | None, static: bool = False) -> list:
+    """The bodies that round weights by ``solve`` and inputs to ``format`` (None: not).
+
+    Inputs have a range per token, or ``static`` ones.
+    """
+    if not static:
+        return [compress(solve, activations=format)]
+    if format is None:
+        raise ValueError("static ranges of activations need their bits, got None")
+    return [compress(solve), static_inputs(format)]
+
+
 def check_static(format: ActivationFormat) -> None:
     """Refuse formats that say how a range follows from a token."""
     if isinstance(format, MixedActivation) or format.clip != 1:
@@ -151,3 +164,42 @@ def _range(format: ActivationFormat, rule, ops, x, weights):
     blocks = jnp.moveaxis(x.reshape(len(x), -1, size), 1, -1)
     importance = jnp.repeat(weights.reshape(-1).astype(jnp.float32), size)
     return rule(blocks.reshape(-1, blocks.shape[-1]), format.format, importance)
+
+
+@expression
+def static_range(format: ActivationFormat):
+    """Inputs rounded to a learned range for all tokens: theta = log of its ends.
+
+    ``high`` (and ``low``, of the negative end, where ``format`` has a zero point) are
+    [blocks]; logarithms keep the ends on their sides of zero at one rate for all.
+    """
+    check_static(format)
+    top = format.format.codes - 1
+
+    def ends(theta):
+        """Scale and zero point with gradients, the values as they are stored."""
+        high = jnp.exp(theta["high"])
+        if format.symmetric:
+            return high / format.format.largest, None
+        scale = (high + jnp.exp(theta["low"])) / top
+        zero = jnp.exp(theta["low"]) / scale
+        return scale, straight_through(jnp.round(zero), zero)
+
+    def soft(theta, w):
+        return StaticInput(w, *ends(theta), format)
+
+    def render(theta, w):
+        scale, zero = ends(theta)
+        zero = None if zero is None else zero.astype(jnp.uint8)
+        return StaticInput(w, scale, zero, format)
+
+    return Inputs(dict, soft, render)
+
+
+def log_ends(format: ActivationFormat, scale, zero) -> dict[str, jax.Array]:
+    """The theta of ``static_range`` that stands for a scale and zero point."""
+    if zero is None:
+        return dict(high=jnp.log(scale * format.format.largest))
+    high = scale * (format.format.codes - 1 - zero)
+    log = lambda x: jnp.log(jnp.maximum(x, TINY))  # noqa: E731
+    return dict(high=log(high), low=log(scale * zero))

@@ -50,6 +50,7 @@ from jaxllm.core import (
     two_level,
     units,
     vectors,
+    whole,
     width,
 )
 from jaxllm.core.formats import activation, base, mixed, tables
@@ -101,6 +102,7 @@ MODULES: tuple[ModuleType, ...] = (
     two_level,
     units,
     vectors,
+    whole,
     width,
 )
 
