@@ -2,8 +2,9 @@
 
 from jaxllm.core.card import Card, Claim
 from jaxllm.core.channel_scales import capped
-from jaxllm.core.compose import compress, sequence, transform
+from jaxllm.core.compose import sequence, transform
 from jaxllm.core.formats import ActivationFormat
+from jaxllm.core.ranges import rounded
 from jaxllm.core.rescale import rescale
 from jaxllm.core.two_level import dual_grained
 
@@ -13,6 +14,12 @@ card = Card(
     claims=(
         Claim("dgq(4, 32, 0.05)", "dgq(4, 32, None)", model="twin"),
         Claim("dgq(4, 32, 0.05)", "smoothquant(0.5, bits=5)", model="twin"),
+        Claim(
+            "dgq(4, 32, 0.05, static=True)",
+            "dgq(4, 32, None, static=True)",
+            model="twin",
+            margin=0.2,
+        ),
         Claim("dgq(4, 32, None, None)", "rtn(4, 32)"),
     ),
     composes="first of the weight methods: it rescales dense weights, then rounds",
@@ -27,16 +34,18 @@ def dgq(
     activation_bits: int | None = 8,
     steps: int = 20,
     coarse_steps: int = 80,
+    static: bool = False,
 ):
     """w = s1 s2_g (q - z_g) with s2_g an int8 per group, s1 a float per output.
 
     The channels of highest range, a ``share`` of them, are brought to the next one's
     (percentile clipping, None leaves it out), scales are searched in two phases
-    (section 3.2), tokens are rounded to int8. The authors' code caps the ranges of norm
-    outputs and of the down projection's input, here of all that a producer can take;
-    its static activation ranges are not here.
+    (section 3.2), inputs are rounded to int8: per token, or with ``static`` to one
+    range per weight, the largest magnitude in the calibration set, as in the paper.
+    The authors' code caps the ranges of norm outputs and of the down projection's
+    input, here of all that a producer can take.
     """
     rounding = None if activation_bits is None else ActivationFormat(activation_bits)
     solve = dual_grained(bits, group_size, steps, coarse_steps)
     smoothing = [] if share is None else [rescale(capped(share))]
-    return sequence(*smoothing, compress(solve, activations=rounding))
+    return sequence(*smoothing, *rounded(solve, rounding, static))
