@@ -102,7 +102,8 @@ def next_token():
 def _run(model: Model, batch: Batch, **how):
     """The forward pass; equal blocks are one program, which compiles far sooner."""
     where = dict(positions=batch.positions, segments=batch.segments)
-    return model.config.forward(model.params, batch.tokens, scan=True, **where, **how)
+    run = model.config.forward
+    return run(model.params, batch.tokens, scan=True, **where, **how).astype("float32")
 
 
 @expression
