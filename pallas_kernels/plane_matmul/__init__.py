@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pallas_kernels.op import Op
 from pallas_kernels.partition import Layout
-from pallas_kernels.plane_matmul import tpu
+from pallas_kernels.plane_matmul import gpu, tpu
 from pallas_kernels.plane_matmul.cases import CASES
 from pallas_kernels.plane_matmul.reference import plane_matmul
 
-KERNELS = {"tpu": tpu.plane_matmul}
+KERNELS = {"gpu": gpu.plane_matmul, "tpu": tpu.plane_matmul}
 
 
 def layout(args, options) -> Layout:

@@ -47,6 +47,15 @@ def unpack(
     return codes - 4 * (codes >> 1)  # 3 is -1
 
 
+def block_sums(
+    x: Float[Array, "*batch in"], size: int
+) -> Float[Array, "*batch blocks"]:
+    """float32 sums of x over blocks of inputs, the last of which may be short."""
+    short = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)]
+    filled = jnp.pad(x.astype(jnp.float32), short)
+    return filled.reshape(*x.shape[:-1], -1, size).sum(-1)
+
+
 def _powers(base: int, count: int) -> UInt8[Array, "1 1 places"]:
     """What one is worth at each place of a byte."""
     return jnp.asarray(base ** np.arange(count), jnp.uint8)[None, None]

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mxu import NT, TN, dot, halves, ones_where
+from pallas_kernels.plane_matmul.reference import block_sums
 from pallas_kernels.quantized_matmul.tpu_inputs import interleaved
 
 LANES = 128
@@ -58,14 +59,8 @@ def trit_matmul(x, planes, scales, bias, *, block: int | None, interpret: bool):
         name="trit_matmul",
     )(ordered, list(planes), scales)[: len(rows)]
     if bias is not None:
-        y = y + dot(_block_sums(rows, block or inputs), bias.astype(jnp.float32), NT)
+        y = y + dot(block_sums(rows, block or inputs), bias.astype(jnp.float32), NT)
     return y.astype(x.dtype).reshape(*lead, outputs)
-
-
-def _block_sums(x, size: int):
-    """float32 sums of x over blocks, the last of which may be short."""
-    filled = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -x.shape[1] % size)))
-    return filled.reshape(len(x), -1, size).sum(-1)
 
 
 def _kernel(x_ref, planes, scales, y_ref, *, size: int):

@@ -57,6 +57,12 @@ def permute(a, tiles: int = 1):
     return a.transpose(order).reshape(*lead, columns)
 
 
+def in_order(x, size: int, places: int):
+    """x [M, K], steps of ``size`` bytes by their place in the byte, permuted."""
+    x = x.reshape(len(x), -1, size, places).swapaxes(2, 3)
+    return permute(x).reshape(len(x), -1)
+
+
 def digits(words, part: int, place: int, *, interpret: bool):
     """128 + the digit of ``part`` bits at ``place`` of each byte (8 bits: byte - 128).
 
@@ -74,18 +80,18 @@ def digits(words, part: int, place: int, *, interpret: bool):
     return peel(words)
 
 
-def lookup(words, levels: tuple[float, ...], *, interpret: bool):
-    """(low, high): the level of the low and of the high nibble of each byte."""
-    table = np.asarray(levels, jnp.bfloat16)
-    table = np.concatenate([table, np.zeros(16 - len(table), table.dtype)])
+def lookup(words, levels: tuple[float, ...], part: int = 4, *, interpret: bool):
+    """For each place in a byte, the level of its code of ``part`` bits."""
+    table = np.zeros(max(4, 2**part), jnp.bfloat16)
+    table[: len(levels)] = levels
     if interpret:
-        return _plain_lookup(words, table)
+        return _plain_lookup(words, table, part)
     kind = plgpu.ShapeDtypeStruct(words.shape, jnp.bfloat16, layout=OUT)
     bits = table.view(np.uint16)
 
-    @plgpu.inline_mgpu(arg_types=(WORDS,), return_type=(kind, kind))
+    @plgpu.inline_mgpu(arg_types=(WORDS,), return_type=(kind,) * (8 // part))
     def look(_, array):
-        return tuple(each_register(array, lambda r, _: level_pairs(r, bits)))
+        return tuple(each_register(array, lambda r, _: level_pairs(r, bits, part)))
 
     return look(words)
 
@@ -147,10 +153,11 @@ def _plain_digits(words, part: int, place: int):
     return (digit + 128).astype(jnp.bfloat16)
 
 
-def _plain_lookup(words, table):
+def _plain_lookup(words, table, part: int):
     words = permute(words.astype(jnp.int32))
     out = []
-    for code in (words & 15, lax.shift_right_logical(words, 4)):
+    for place in range(8 // part):
+        code = lax.shift_right_logical(words, part * place) & (2**part - 1)
         value = jnp.zeros(words.shape, jnp.bfloat16)
         for i, level in enumerate(table):
             value = jnp.where(code == i, level, value)
@@ -202,15 +209,11 @@ def _signed_pair(word, select: int):
     return (pair & 0xFF7FFF7F).minus((pair ^ 0x00800080) & 0xFF80FF80)
 
 
-def level_pairs(word, bits: np.ndarray) -> tuple[list, list]:
-    """Eight nibbles -> (pairs of the low nibbles, pairs of the high ones).
-
-    ``bits`` are the 16 levels as uint16.
-    """
+def level_pairs(word, bits: np.ndarray, part: int = 4) -> list[list]:
+    """``entry_pairs`` of levels known while tracing, 4 or more as uint16."""
     quads = [((bits >> shift) & 0xFF).astype(np.uint8).view("<u4") for shift in (0, 8)]
     tables = [[word.constant(int(quad)) for quad in one] for one in quads]
-    low, high = entry_pairs(word, None, *tables, 4)
-    return low, high
+    return entry_pairs(word, None, *tables, part)
 
 
 def bytes_of(words: list) -> tuple[list, list]:

@@ -42,9 +42,8 @@ class Plan(hopper_ring.Plan):
     levels: tuple[float, ...] | None
 
     def stream(self, x, plane: Plane) -> Stream:
-        """x [M, K], the inputs of a step by their place in a byte, in wgmma's order."""
-        x = x.reshape(self.rows, -1, plane.bytes, plane.places).swapaxes(2, 3)
-        x = fragments.permute(x).reshape(self.rows, self.inputs)
+        """x [M, K] in the order of the plane's codes."""
+        x = fragments.in_order(x, plane.bytes, plane.places)
         return Stream(x, self.tuning.inputs, 2 * plane.block)
 
 
@@ -78,13 +77,7 @@ def default_tuning(rows, inputs, outputs, bits, block, exact=False) -> Tuning:
 
     ``exact`` keeps scales in float32 for many rows too.
     """
-    sizes = (512, 256, 128, 64, 32)
-    step = next((s for s in sizes if _fits(s, inputs, bits, block)), 0)
-    if not step:
-        raise NotImplementedError(
-            f"no step of 32 to 64 bytes divides {inputs} inputs into whole blocks of "
-            f"{block} at {bits} bits"
-        )
+    step = step_of(inputs, bits, block)
     # Sums of each block of a step live in registers beside the total.
     most = 128 if not exact else 64 if step <= block else 32
     tile = next((r for r in (8, 16, 32, 64) if rows <= r <= most), most)
@@ -94,6 +87,18 @@ def default_tuning(rows, inputs, outputs, bits, block, exact=False) -> Tuning:
     stage = len(parts(bits)) * 2 * tile * step + lanes * step * bits // 8
     stages = hopper.depth(stage, lanes, tile, steps // split)
     return Tuning(tile, step, stages, split, warpgroups, exact or tile <= 32)
+
+
+def step_of(inputs: int, bits: int, block: int) -> int:
+    """The most inputs of a step that suit planes and blocks."""
+    sizes = (512, 256, 128, 64, 32)
+    step = next((s for s in sizes if _fits(s, inputs, bits, block)), 0)
+    if not step:
+        raise NotImplementedError(
+            f"no step of 32 to 64 bytes divides {inputs} inputs into whole blocks of "
+            f"{block} at {bits} bits"
+        )
+    return step
 
 
 def _fits(step: int, inputs: int, bits: int, block: int) -> bool:
