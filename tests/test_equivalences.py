@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxllm import methods
-from jaxllm.core.affine import _dominant, affine, kronecker, scaling
+from jaxllm.core.affine import _dominant, _matrix, affine, kronecker, scaling
 from jaxllm.core.batch import Batch
 from jaxllm.core.compose import transform
 from jaxllm.core.equivalences import fold, pooled, shiftable
@@ -21,6 +21,8 @@ from jaxllm.core.model import get, put
 from jaxllm.core.reconstruct import clipping, target
 from jaxllm.core.scales import Grid
 from jaxllm.core.solvers import nearest
+from jaxllm.core.spin import learned_rotation
+from jaxllm.core.stiefel import cayley, cayley_step
 from jaxllm.core.walk import Monitor, Seen, inputs_of, walk
 from jaxllm.core.weights import ActivationQuantized
 from jaxllm.models import MLP, Attention, Layer, Norm, Transformer, init
@@ -195,6 +197,48 @@ def test_learned_families_keep_the_function_and_render_what_is_soft(
     found = jax.tree_util.tree_flatten_with_path(slopes)[0]
     still = [p for p, g in found if not jnp.any(g != 0)]
     assert not still, still
+
+
+def test_kronecker_factors_stay_well_conditioned():
+    """Whatever is learned: below e^2, but for the rounding to bfloat16."""
+    keys = jax.random.split(jax.random.key(6), 3)
+    theta = {
+        name: 10 * jax.random.normal(key, shape)
+        for name, key, shape in zip(
+            ("u", "v", "stretch"), keys, ((8, 8), (8, 8), (8,)), strict=True
+        )
+    }
+    made = np.asarray(_matrix(theta), np.float32)
+    assert 3 < np.linalg.cond(made) < 1.05 * np.e**2
+
+
+def test_descent_stays_orthogonal_and_finds_a_rotation():
+    """min |X - Q|^2 over orthogonal X, for a Q that is one."""
+    goal = cayley(jax.random.normal(jax.random.key(7), (6, 6)) / 4)
+    start = cayley(jax.random.normal(jax.random.key(8), (6, 6)) / 4)
+    x = start
+    for _ in range(200):
+        x = cayley_step(x, 2 * (x - goal), 0.2)
+    np.testing.assert_allclose(x @ x.T, np.eye(6), atol=1e-5)
+    assert jnp.abs(start - goal).max() > 0.5
+    np.testing.assert_allclose(x, goal, atol=1e-4)
+
+
+@transform
+def spun(steps: int = 8, rate: float = 0.5):
+    """Learned rotations without the rounding that follows."""
+    formats = dict(activations=ActivationFormat(3), cache=ActivationFormat(3))
+    return learned_rotation(**formats, steps=steps, rate=rate)
+
+
+@pytest.mark.parametrize("kind", ("llama", "gemma"))
+def test_learned_rotations_keep_the_logits_and_lower_the_loss(kind, batches):
+    model, monitor = build(kind), Monitor(progress=False)
+    after = spun()(model, batches, monitor=monitor)
+    before, found = (m(batches[0].tokens) for m in (model, after))
+    assert jnp.abs(found - before).max() < 1e-4 * jnp.abs(before).max()
+    (event,) = monitor.events
+    assert event["error_after"] < event["error_before"]
 
 
 def test_affine_maps_stay_well_conditioned():

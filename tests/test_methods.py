@@ -33,8 +33,11 @@ EXAMPLES = {
     "int2_1": {"rank": 2},
     "shiftaddllm": {"steps": 4},
     "abq_llm": {"epochs": 1},
+    "mobilequant": {"epochs": 1},
     "omniquant": {"epochs": 1},
     "affinequant": {"epochs": 1},
+    "flatquant": {"epochs": 1, "kv_bits": None},
+    "spinquant": {"steps": 2},
 }
 BODY = {"quantize", "prune", "factorize"}
 # Structured methods change shapes, by the data: tests/test_structure.py has their laws.

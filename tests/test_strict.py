@@ -52,10 +52,13 @@ PASSES = {
 REFUSED = {
     ("gpt", "quarot"): "only RMS norms",
     ("gpt", "slicegpt"): "only RMS norms",
+    ("gpt", "spinquant"): "only RMS norms",
     ("moe", "dfloat11"): "takes dense matrices only",
     ("moe", "abq_llm"): "expert weights are not reconstructed",
+    ("moe", "mobilequant"): "expert weights are not reconstructed",
     ("moe", "omniquant"): "expert weights are not reconstructed",
     ("moe", "affinequant"): "expert weights are not reconstructed",
+    ("moe", "flatquant"): "expert weights are not reconstructed",
     ("moe", "pst"): "expert weights are not reconstructed",
 }
 TOKENS = jax.ShapeDtypeStruct((4, 24), jnp.int32)

@@ -39,9 +39,11 @@ from jaxllm.core.two_level import dual_grained
 from jaxllm.core.vectors import vectors
 from jaxllm.core.weights import (
     ActivationQuantized,
+    Clipped,
     EntropyCoded,
     Gated,
     Hadamard,
+    Kronecker,
     LowRank,
     Orthogonal,
     Permutation,
@@ -114,6 +116,11 @@ TYPES = {
     "orthogonal": lambda: Transformed(
         Orthogonal(jnp.linalg.qr(dense(5, (ROWS, ROWS)))[0]), dense()
     ),
+    "kronecker": lambda: Transformed(
+        Kronecker(dense(5, (4, 4)), dense(6, (11, 11))), dense()
+    ),
+    "mixed heads": lambda: Transformed(Kronecker(dense(5, (4, 4))), dense()),
+    "clipped, open": lambda: Clipped(dense(), jnp.ones(())),
     "permuted": lambda: Transformed(
         Permutation(jax.random.permutation(jax.random.key(6), ROWS)), dense()
     ),
@@ -409,11 +416,12 @@ def test_refine_reaches_the_open_part_through_every_shell():
     np.testing.assert_allclose(made.materialize(), shell.inner.terms[1].materialize())
 
 
-@pytest.mark.parametrize("op", (Scale, Hadamard, Orthogonal, Permutation))
+@pytest.mark.parametrize("op", (Scale, Hadamard, Kronecker, Orthogonal, Permutation))
 def test_inverse_undoes_an_op(op):
     made = {
         Scale: lambda: Scale(jnp.exp(dense(3, (ROWS,)))),
         Hadamard: lambda: Hadamard(jnp.sign(dense(4, (ROWS,)))),
+        Kronecker: lambda: Kronecker(dense(5, (4, 4)), dense(6, (11, 11))),
         Orthogonal: lambda: Orthogonal(jnp.linalg.qr(dense(5, (ROWS, ROWS)))[0]),
         Permutation: lambda: Permutation(
             jax.random.permutation(jax.random.key(6), ROWS)
@@ -421,6 +429,28 @@ def test_inverse_undoes_an_op(op):
     }[op]()
     x = dense(12, (3, ROWS))
     np.testing.assert_allclose(made.inverse(made.apply(x)), x, atol=1e-5)
+
+
+def test_a_kronecker_transform_is_the_product_with_the_matrix():
+    """x (L (x) R), and (L (x) R) W for the rows of a weight; L alone mixes heads."""
+    left, right = dense(5, (4, 4)), dense(6, (11, 11))
+    for op, full in (
+        (Kronecker(left, right), jnp.kron(left, right)),
+        (Kronecker(left), jnp.kron(left, jnp.eye(11))),
+    ):
+        np.testing.assert_allclose(op.apply(dense(12, (3, ROWS))),
+                                   dense(12, (3, ROWS)) @ full, atol=1e-4)  # fmt: skip
+        np.testing.assert_allclose(op.rows(dense()), full @ dense(), atol=1e-4)
+
+
+def test_clipping_then_rounding_shrinks_the_range():
+    """Each token by its own peak; the codes then cover what is left."""
+    x, share, format = dense(12, (5, ROWS)), 0.7, ActivationFormat(4)
+    w = Clipped(ActivationQuantized(dense(), format), jnp.asarray(share))
+    peak = np.abs(x).max(1, keepdims=True)
+    expected = format.round(np.clip(x, -share * peak, share * peak)) @ dense()
+    np.testing.assert_allclose(w.dot(x), expected, rtol=1e-4, atol=1e-4)
+    assert jnp.abs(w.dot(x) - w.inner.dot(x)).max() > 0.1
 
 
 @pytest.mark.parametrize("width", (1, 2, 12, 20, 28, 52, 64, 148, 172, 688, 640))

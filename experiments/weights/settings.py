@@ -27,6 +27,9 @@ SIZES = {
 UNITS = (0.2, 0.25)  # shares of heads and channels that structured methods remove
 SPECIAL = {
     "dfloat11": ("dfloat11()",),
+    "flatquant": tuple(
+        f"flatquant({bits}, kv_bits=None, epochs=4)" for bits in (4, 3, 2)
+    ),
     "microscaling": tuple(
         f"microscaling('{name}')" for name in ("mxfp4", "nvfp4", "mxfp6", "mxint8")
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +141,7 @@ def kronecker(alpha: float = 0.3):
         sides = (width // d, d) if _of_values(site) else nearest_factors(width)
         keys = jax.random.split(key)
         left, right = (_free(k, n) for k, n in zip(keys, sides, strict=True))
-        theta = dict(left=left, right=right)
+        theta: dict[str, Any] = dict(left=left, right=right)
         if site.producer is not None and site.exclusive and not _of_values(site):
             peak = centred(site, samples, False)[1]
             wide = jnp.maximum(row_peak(ws), SMALL)

@@ -222,7 +222,20 @@ def learned_range(format: ActivationFormat, start: float = 4.0):
 
 
 @dataclasses.dataclass(frozen=True)
-class Softened(ActivationFormat):
+class Straight(ActivationFormat):
+    """The same rounding, whose gradients are those of no rounding at all."""
+
+    @classmethod
+    def of(cls, format: ActivationFormat):
+        fields = dataclasses.fields(format)
+        return cls(**{field.name: getattr(format, field.name) for field in fields})
+
+    def round(self, x):
+        return straight_through(super().round(x), x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Softened(Straight):
     """The same rounding per token, with the gradients of s round(x / s).
 
     Rounding passes them straight; beyond a shrunk range it is the range's end that
@@ -238,7 +251,7 @@ class Softened(ActivationFormat):
             high = jnp.maximum(wide.max(-1, keepdims=True), 0.0)
             peak = (high - jnp.minimum(wide.min(-1, keepdims=True), 0.0)) * self.clip
         scale = jnp.maximum(peak, 1e-9)
-        values = super().round(x).astype(jnp.float32)
+        values = ActivationFormat.round(self, x).astype(jnp.float32)
         unit = straight_through(values / scale, wide / scale)
         return straight_through(values, unit * scale).astype(x.dtype)
 
@@ -247,8 +260,7 @@ def softened(format: ActivationFormat) -> Softened:
     """A format whose rounding has gradients; its ranges are those of whole tokens."""
     if format.block is not None:
         raise ValueError(f"{format}: inputs are rounded per token here")
-    fields = dataclasses.fields(format)
-    return Softened(**{field.name: getattr(format, field.name) for field in fields})
+    return Softened.of(format)
 
 
 def in_float32(params: Params) -> Params:

@@ -55,8 +55,8 @@ def clipping(
     point is bounded to the codes and scales are stored as bfloat16. ``symmetric`` has
     no beta and no z: s = sigmoid(gamma) max|w| / (2^(bits - 1) - 1).
     """
-    grid = Grid(Integer(bits, symmetric), group_size)
-    last = grid.format.codes - 1
+    integers = Integer(bits, symmetric)
+    grid, last = Grid(integers, group_size), integers.codes - 1
 
     def begin(w, stats, key):
         count = int(-(-len(w) // min(group_size or len(w), len(w))))
@@ -66,7 +66,7 @@ def clipping(
     def soft(theta, w):
         rows = group_of(grid, len(w))
         scale, zero = _clipped(grid, theta, w)
-        shift = grid.format.offset if zero is None else zero[rows]
+        shift = integers.offset if zero is None else zero[rows]
         u = w / scale[rows] + shift
         code = jnp.clip(straight_through(jnp.round(u), u), 0.0, last)
         return (code - shift) * scale[rows]

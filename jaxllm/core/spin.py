@@ -13,7 +13,7 @@ from jaxllm.core import weights
 from jaxllm.core.compose import Context
 from jaxllm.core.formats import ActivationFormat
 from jaxllm.core.hadamard import hadamard_matrix
-from jaxllm.core.learned import as_before, in_float32, softened
+from jaxllm.core.learned import Straight, as_before, in_float32
 from jaxllm.core.model import Model, get, layer_key, with_weight
 from jaxllm.core.reconstruct import straight_through
 from jaxllm.core.rotations import (
@@ -45,7 +45,8 @@ def learned_rotation(
     random-sign Hadamard matrices and learn by Cayley SGD on the loss of the next token,
     with weights rounded by ``solve`` (None: exact, for GPTQ afterwards), inputs to
     ``activations``, keys and values to ``cache`` after a Hadamard transform of keys
-    and queries (R3); gradients pass rounding straight. The step falls linearly from
+    and queries (R3). Gradients pass rounding straight and ranges count as constants, as
+    in the authors' code: those of ranges are mostly noise. The step falls linearly from
     ``rate``. After each pass over the calibration batches the mean loss is measured,
     and the best pass is kept, the start included. Nothing is rounded in the result.
     """
@@ -53,7 +54,8 @@ def learned_rotation(
         raise ValueError(f"steps {steps}, rate {rate}: at least 1 and above 0")
     if solve is not None and solve.needs:
         raise ValueError(f"{solve!r} needs {solve.needs}: rotations round without")
-    spin = Spin(solve, _soft(activations), _soft(cache))
+    formats = (None if f is None else Straight.of(f) for f in (activations, cache))
+    spin = Spin(solve, *formats)
 
     def run(model: Model, context: Context) -> Model:
         model = untie(model)
@@ -64,10 +66,6 @@ def learned_rotation(
         return turned.replace(params=as_before(turned.params, model.params))
 
     return marked(run, whole=True, needs=("loss",))
-
-
-def _soft(format: ActivationFormat | None):
-    return None if format is None else softened(format)
 
 
 @dataclasses.dataclass(frozen=True)
