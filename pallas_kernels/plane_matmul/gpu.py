@@ -21,6 +21,8 @@ from pallas_kernels.quantized_matmul import fragments, gpu_plan
 
 __all__ = ["Tuning", "default_tuning", "plane_matmul"]
 
+STEP = 32  # bytes of a plane, so that operands of many inputs wait in few registers
+IN_FLIGHT = 4  # places in the byte whose operands do
 # What the codes of a kind are worth (two's complement; -2 does not occur).
 LEVELS = {"binary": (-1.0, 1.0), "ternary": (0.0, 1.0, -2.0, -1.0)}
 
@@ -101,9 +103,9 @@ def plane_matmul(
 
 def default_tuning(rows, inputs, outputs, part, block, count, exact=False) -> Tuning:
     """By the roofline; sums of every plane and block stand beside the total."""
-    step = gpu_plan.step_of(inputs, part, block)
+    step = gpu_plan.step_of(inputs, part, block, STEP)
     sums = max(8, 128 // (count * max(1, step // block)))
-    tile = next((r for r in (8, 16, 32, 64) if rows <= r), 128)
+    tile = next((r for r in (8, 16, 32) if rows <= r), 64)
     apart = exact or tile <= min(sums, 32)
     if exact:
         tile = min(tile, 1 << sums.bit_length() - 1)
@@ -141,6 +143,7 @@ def _multiply_apart(plan: Plan, ring: Ring, place: Place, accs, at, _) -> None:
                 part = tile[:, g * plan.width : (g + 1) * plan.width]
                 acc = accs[g * plan.count + p]
                 _product(plan, ring, place, acc, part, at, j, g)
+            _spare(j)
 
 
 def _multiply_sum(plan: Plan, ring: Ring, place: Place, accs, at, scales) -> None:
@@ -154,6 +157,13 @@ def _multiply_sum(plan: Plan, ring: Ring, place: Place, accs, at, scales) -> Non
             total = sum(a * b for a, b in zip(parts[1:], by[1:], strict=True))
             part = (parts[0] * by[0] + total).astype(jnp.bfloat16)
             _product(plan, ring, place, acc, part, at, j, g)
+        _spare(j)
+
+
+def _spare(j: int) -> None:
+    """Free the registers of operands now and then."""
+    if j % IN_FLIGHT == IN_FLIGHT - 1:
+        plgpu.wgmma_wait(0)
 
 
 def _tiles(plan: Plan, ring: Ring, place: Place, at, p: int):

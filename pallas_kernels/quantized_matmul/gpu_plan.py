@@ -89,26 +89,26 @@ def default_tuning(rows, inputs, outputs, bits, block, exact=False) -> Tuning:
     return Tuning(tile, step, stages, split, warpgroups, exact or tile <= 32)
 
 
-def step_of(inputs: int, bits: int, block: int) -> int:
-    """The most inputs of a step that suit planes and blocks."""
+def step_of(inputs: int, bits: int, block: int, most: int = 64) -> int:
+    """The most inputs of a step that suit blocks, and ``most`` bytes of a plane."""
     sizes = (512, 256, 128, 64, 32)
-    step = next((s for s in sizes if _fits(s, inputs, bits, block)), 0)
+    step = next((s for s in sizes if _fits(s, inputs, bits, block, most)), 0)
     if not step:
         raise NotImplementedError(
-            f"no step of 32 to 64 bytes divides {inputs} inputs into whole blocks of "
-            f"{block} at {bits} bits"
+            f"no step of 32 to {most} bytes divides {inputs} inputs into whole blocks "
+            f"of {block} at {bits} bits"
         )
     return step
 
 
-def _fits(step: int, inputs: int, bits: int, block: int) -> bool:
-    """A step holds whole blocks, or a block whole steps; 32 to 64 bytes of a plane."""
+def _fits(step: int, inputs: int, bits: int, block: int, most: int) -> bool:
+    """Whole blocks in a step, or steps in a block; 32 to ``most`` bytes of a plane."""
     low, high = min(parts(bits)) * step // 8, max(parts(bits)) * step // 8
     return (
         inputs % step == 0
         and (step % block == 0 or block % step == 0)
         and low >= 32
-        and high <= (128 if bits == 8 else 64)
+        and high <= (2 * most if bits == 8 else most)
     )
 
 
