@@ -145,8 +145,11 @@ def _cudnn(case):
 
 
 XLA = {
+    "nm_matmul": {"XLA bfloat16": _dense},
+    "plane_matmul": {"XLA bfloat16": _dense},
     "quantized_matmul": {"XLA bfloat16": _dense},
     "scaled_matmul": {"XLA bfloat16": _dense, "XLA 8-bit": _scaled},
+    "table_matmul": {"XLA bfloat16": _dense},
     "flash_attention": {"cuDNN through JAX": _cudnn},
 }
 
