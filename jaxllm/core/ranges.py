@@ -17,7 +17,7 @@ from jaxllm.core.formats import TINY, ActivationFormat, MixedActivation
 from jaxllm.core.learned import Inputs, check_inside_blocks
 from jaxllm.core.model import Model, get, put
 from jaxllm.core.reconstruct import straight_through
-from jaxllm.core.scales import absmax
+from jaxllm.core.scales import absmax, per_entry
 from jaxllm.core.spec import expression, marked
 from jaxllm.core.stats import Samples
 from jaxllm.core.walk import Seen, inputs_of, walk
@@ -53,12 +53,13 @@ def _quantile(values, importance, share: float):
 
     By bisection: a sort of millions of values takes far longer.
     """
-    goal = share * importance.sum()
+    importance = jnp.broadcast_to(per_entry(importance), values.shape)
+    goal = share * importance.sum(0)
 
     def halve(_, ends):
         low, high = ends
         middle = (low + high) / 2
-        below = jnp.where(values <= middle[None], importance[:, None], 0.0).sum(0)
+        below = jnp.where(values <= middle[None], importance, 0.0).sum(0)
         enough = below >= goal
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
@@ -159,11 +160,16 @@ def _range(format: ActivationFormat, rule, ops, x, weights):
         apply = lambda op, x: op.apply(x)  # noqa: E731
         x = (jax.vmap(apply) if x.ndim > 2 else apply)(op, x)
     x = jnp.where(weights[..., None] > 0, x, 0.0).reshape(-1, x.shape[-1])
+    importance = jnp.broadcast_to(weights.reshape(-1, 1), x.shape).astype(jnp.float32)
     size = format.block or x.shape[-1]
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[-1] % size)))
-    blocks = jnp.moveaxis(x.reshape(len(x), -1, size), 1, -1)
-    importance = jnp.repeat(weights.reshape(-1).astype(jnp.float32), size)
-    return rule(blocks.reshape(-1, blocks.shape[-1]), format.format, importance)
+
+    def blocks(values):
+        """[values of a block, blocks]; what fills a short one counts nothing."""
+        filled = jnp.pad(values, ((0, 0), (0, -values.shape[-1] % size)))
+        each = jnp.moveaxis(filled.reshape(len(values), -1, size), 1, -1)
+        return each.reshape(-1, each.shape[-1])
+
+    return rule(blocks(x), format.format, blocks(importance))
 
 
 @expression

@@ -135,7 +135,7 @@ def learn_whole(
         paths = context.paths(model)
         check_inside_blocks(model, paths)
         wide = model.replace(params=in_float32(model.params))
-        plan = Plan(_runs(model, paths, recipe), goal)
+        plan = Whole(_runs(model, paths, recipe), goal)
         theta = _started(plan, wide, context, activations, rule)
         theta = _best(plan, theta, wide, context, epochs, rate)
         made = _rendered(plan, theta, wide)
@@ -174,7 +174,7 @@ class Run:
         return make(theta | dict(inputs=inputs), params, jnp.ones(()))
 
 
-class Plan(NamedTuple):
+class Whole(NamedTuple):
     """The static part: what is learned, and for what."""
 
     runs: tuple[Run, ...]
@@ -222,7 +222,7 @@ def _runs(model: Model, paths, recipe: Recipe) -> tuple[Run, ...]:
     return tuple(Run(tuple(v), *key[:2]) for key, v in found.items())
 
 
-def _started(plan: Plan, model: Model, context: Context, format, rule) -> list[dict]:
+def _started(plan: Whole, model: Model, context: Context, format, rule) -> list[dict]:
     """The first theta of all runs, on the inputs of the dense model."""
     runs = {path: run for run in plan.runs for path in run.paths}
     theta: dict[str, dict] = {}
@@ -247,7 +247,7 @@ def _started(plan: Plan, model: Model, context: Context, format, rule) -> list[d
     return [stacked([theta[path] for path in run.paths]) for run in plan.runs]
 
 
-def _best(plan: Plan, theta, model: Model, context: Context, epochs: int, rate):
+def _best(plan: Whole, theta, model: Model, context: Context, epochs: int, rate):
     """The theta of the least loss after any epoch; the losses go to the monitor."""
     batches = list(context.calibration)
     wanted = [_target(plan, model, batch) for batch in batches]
@@ -276,22 +276,22 @@ def _best(plan: Plan, theta, model: Model, context: Context, epochs: int, rate):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _target(plan: Plan, model: Model, batch: Batch):
+def _target(plan: Whole, model: Model, batch: Batch):
     return plan.goal.call.of(model, batch)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _loss(plan: Plan, theta, model: Model, batch: Batch, wanted):
+def _loss(plan: Whole, theta, model: Model, batch: Batch, wanted):
     return plan.loss(theta, model, batch, wanted)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _rendered(plan: Plan, theta, model: Model) -> Model:
+def _rendered(plan: Whole, theta, model: Model) -> Model:
     return plan.model(theta, model, False)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _step(plan: Plan, theta, state, rate, model: Model, batch: Batch, wanted):
+def _step(plan: Whole, theta, state, rate, model: Model, batch: Batch, wanted):
     slopes = jax.grad(plan.loss)(theta, model, batch, wanted)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
         updates, state = optax.scale_by_adam().update(slopes, state)
