@@ -34,6 +34,10 @@ SPECIAL = {
         f"microscaling('{name}')" for name in ("mxfp4", "nvfp4", "mxfp6", "mxint8")
     ),
     "minitron": ("minitron()",),
+    "mobilequant": tuple(
+        f"mobilequant({bits}, epochs=2, rates=(0.01, 0.02, 0.01), goal=next_token())"
+        for bits in (8, 4, 3)
+    ),
     "pb_llm": ("pb_llm(0.1, 32)",),
     "pst": ("pst(0.5)",),
     "ptqtp": ("ptqtp(2, 32)", "ptqtp(1, 32)"),
@@ -44,6 +48,9 @@ SPECIAL = {
     ),
     "shortgpt": ("shortgpt(1)",),
     "smoothquant": ("smoothquant(0.5, bits=8)",),
+    "spinquant": tuple(
+        f"spinquant({bits}, group_size={GROUP}, steps=16)" for bits in (4, 3, 2)
+    ),
     "vptq": ("vptq(2, 6)", "vptq(4, 8)"),
     "wina": ("wina(0.5)",),
     "ziplm": ("ziplm(1.25, cost='weights')", "ziplm(1.3333, cost='weights')"),
