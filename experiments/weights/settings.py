@@ -27,9 +27,7 @@ SIZES = {
 UNITS = (0.2, 0.25)  # shares of heads and channels that structured methods remove
 SPECIAL = {
     "dfloat11": ("dfloat11()",),
-    "flatquant": tuple(
-        f"flatquant({bits}, kv_bits=None, epochs=4)" for bits in (4, 3, 2)
-    ),
+    "flatquant": ("flatquant(kv_bits=None, epochs=1)",),
     "microscaling": tuple(
         f"microscaling('{name}')" for name in ("mxfp4", "nvfp4", "mxfp6", "mxint8")
     ),
@@ -48,9 +46,7 @@ SPECIAL = {
     ),
     "shortgpt": ("shortgpt(1)",),
     "smoothquant": ("smoothquant(0.5, bits=8)",),
-    "spinquant": tuple(
-        f"spinquant({bits}, group_size={GROUP}, steps=16)" for bits in (4, 3, 2)
-    ),
+    "spinquant": ("spinquant(solver='rtn', steps=16)",),
     "vptq": ("vptq(2, 6)", "vptq(4, 8)"),
     "wina": ("wina(0.5)",),
     "ziplm": ("ziplm(1.25, cost='weights')", "ziplm(1.3333, cost='weights')"),
