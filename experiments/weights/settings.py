@@ -33,8 +33,7 @@ SPECIAL = {
     ),
     "minitron": ("minitron()",),
     "mobilequant": tuple(
-        f"mobilequant({bits}, epochs=2, rates=(0.01, 0.02, 0.01), goal=next_token())"
-        for bits in (8, 4, 3)
+        f"mobilequant({bits}, epochs=3, rates=(0.01, 0.02, 0.01))" for bits in (8, 4, 3)
     ),
     "pb_llm": ("pb_llm(0.1, 32)",),
     "pst": ("pst(0.5)",),

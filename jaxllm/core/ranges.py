@@ -192,7 +192,8 @@ def static_range(format: ActivationFormat):
         return scale, straight_through(jnp.round(zero), zero)
 
     def soft(theta, w):
-        return StaticInput(w, *ends(theta), format)
+        scale, zero = ends(theta)
+        return StaticInput(w, scale, zero, format)
 
     def render(theta, w):
         scale, zero = ends(theta)

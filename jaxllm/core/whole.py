@@ -141,7 +141,7 @@ def learn_whole(
         made = _rendered(plan, theta, wide)
         return model.replace(params=as_before(made.params, model.params))
 
-    return marked(run, needs=("inputs",), joint=True)
+    return marked(run, whole=True, needs=("inputs",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +258,7 @@ def _best(plan: Whole, theta, model: Model, context: Context, epochs: int, rate)
     ).mean()
     first = total(theta)
     best, least, done = theta, first, 0
+    keep: Any
     for _ in range(epochs):
         for pair in pairs:
             fall = (1 + np.cos(np.pi * done / (epochs * len(pairs)))) / 2
