@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core import weights
+from jaxllm.core.arrays import traced
 from jaxllm.core.compose import Context
 from jaxllm.core.formats import ActivationFormat
 from jaxllm.core.hadamard import hadamard_matrix
@@ -134,7 +135,7 @@ def _best(spin: Spin, rates, theta, model: Model, context: Context):
             keep = functools.partial(jnp.where, now < least)
             best = jax.tree.map(keep, theta, best)
             least = keep(now, least)  # not the minimum: a diverged loss is no number
-    if context.monitor is not None and not isinstance(least, jax.core.Tracer):
+    if context.monitor is not None and not traced(least):
         losses = dict(error_before=float(first), error_after=float(least))
         context.monitor.events.append(dict(step="spin", path="model") | losses)
     return best
