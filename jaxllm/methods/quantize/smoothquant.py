@@ -15,7 +15,7 @@ card = Card(
     claims=(
         Claim("smoothquant(0.5, bits=8)", "smoothquant(None, bits=8)", model="twin"),
         Claim(
-            "smoothquant(0.5, bits=8, static=True)",
+            "smoothquant(0.5, bits=8, sites='all', static=True)",
             "smoothquant(None, bits=8, static=True)",
             model="twin",
             margin=0.4,
