@@ -96,7 +96,7 @@ def test_the_kernel_gives_the_dense_product(weight):
     with pallas_kernels.backend("tpu", interpret=True):
         got = jax.jit(lambda w, x: weights.dot(x, w))(weight, x)
     with pallas_kernels.backend("reference"):
-        passed = weight.gate(x) if isinstance(weight, Gated) else x
+        passed = weight.before(x) if isinstance(weight, Gated) else x
         if isinstance(weight, ActivationQuantized):
             passed = weight.format.round(x)
     want = passed @ weight.materialize()

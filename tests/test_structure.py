@@ -88,8 +88,8 @@ def test_a_gate_lets_exactly_its_count_through_and_experts_share_it():
     w = jax.random.normal(jax.random.key(3), (ROWS, OUT))
     gated = Gated(w, jnp.ones(ROWS), kept=5)
     x = jax.random.normal(jax.random.key(4), (3, 4, ROWS))
-    assert ((gated.gate(x) != 0).sum(-1) == 5).all()
-    np.testing.assert_allclose(gated.dot(x), gated.gate(x) @ w, atol=1e-5)
+    assert ((gated.before(x) != 0).sum(-1) == 5).all()
+    np.testing.assert_allclose(gated.dot(x), gated.before(x) @ w, atol=1e-5)
 
 
 def tiny(**changes) -> Transformer:

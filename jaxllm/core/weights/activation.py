@@ -14,11 +14,11 @@ from jaxtyping import Array, Float, Int8, UInt8
 from jaxllm.core.arrays import Leaf, static, to_rank
 from jaxllm.core.formats import ActivationFormat
 from jaxllm.core.weights import base
-from jaxllm.core.weights.base import Names, Weight, Wrapper
+from jaxllm.core.weights.base import Names, Preceded, Weight
 from jaxllm.core.weights.transformed import Transformed
 
 
-class RoundedInput(Wrapper):
+class RoundedInput(Preceded):
     """y = round(x) W.
 
     Where the weight can multiply integers and both sides are symmetric ones with
@@ -30,14 +30,10 @@ class RoundedInput(Wrapper):
     format: ActivationFormat
 
     @abc.abstractmethod
-    def rounded(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch in"]:
-        """The values of x that reach the weight."""
-
-    @abc.abstractmethod
     def integers(
         self, x: Float[Array, "*batch in"]
     ) -> tuple[Int8[Array, "*batch in"], Float[Array, "*batch blocks"]]:
-        """The same as signed codes with the scales of their blocks."""
+        """``before(x)`` as signed codes with the scales of their blocks."""
 
     @property
     def integer_product(self) -> bool:
@@ -46,7 +42,7 @@ class RoundedInput(Wrapper):
 
     def dot(self, x):
         if not self.integer_product:
-            return base.dot(self.rounded(x), self.inner)
+            return super().dot(x)
         codes, scale = self.integers(x)
         return self.inner.dot_codes(codes, scale, x.dtype)
 
@@ -59,7 +55,7 @@ class ActivationQuantized(RoundedInput):
     inner: Any
     format: ActivationFormat = static()
 
-    def rounded(self, x):
+    def before(self, x):
         return self.format.round(x)
 
     def integers(self, x):
@@ -81,7 +77,7 @@ class StaticInput(RoundedInput):
     zero: Leaf[Float[Array, "*lead blocks"] | UInt8[Array, "*lead blocks"] | None]
     format: ActivationFormat = static()
 
-    def rounded(self, x):
+    def before(self, x):
         return self.format.fixed(x, self.scale, self.zero)
 
     def integers(self, x):

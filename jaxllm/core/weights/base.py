@@ -49,6 +49,11 @@ class Weight(abc.ABC):
         fall_back(type(self).__name__, why)
         return x @ self.materialize().astype(x.dtype)
 
+    def dot_experts(self, x: Float[Array, "tokens in"], group_sizes):
+        """``dot`` of experts (a leading axis of all leaves) and rows sorted by them."""
+        fall_back(type(self).__name__, "no kernel multiplies packed experts")
+        return jax.lax.ragged_dot(x, self.materialize().astype(x.dtype), group_sizes)
+
     def rows(self, ids: Int[Array, "*ids"]) -> Float[Array, "*ids in"]:
         """The columns W[:, ids] as rows: embeddings of a table [width, vocabulary]."""
         return rows(self.materialize(), ids)
@@ -112,6 +117,25 @@ class Wrapper(Weight):
         return dataclasses.replace(mine, inner=inner)
 
 
+class Preceded(Wrapper):
+    """y = before(x) W: something happens to each input first."""
+
+    @abc.abstractmethod
+    def before(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch in"]:
+        """What reaches the inner weight; reads no leaf of that."""
+
+    def dot(self, x):
+        return dot(self.before(x), self.inner)
+
+    def dot_experts(self, x, group_sizes):
+        """Each row passes what stands before its own expert."""
+        experts = jnp.arange(len(group_sizes))
+        owner = jnp.repeat(experts, group_sizes, total_repeat_length=len(x))
+        mine = jax.tree.map(lambda leaf: leaf[owner], self._around(None))
+        x = jax.vmap(type(self).before)(mine, x)
+        return dot(x, self.inner, group_sizes=group_sizes)
+
+
 def axes(w, names: Names):
     """Logical axis names of an array or a weight type."""
     return w.axes(names) if isinstance(w, Weight) else names
@@ -136,8 +160,8 @@ def dot(x, w, *, group_sizes=None):
     """
     if group_sizes is not None:
         if isinstance(w, Weight):
-            fall_back(type(w).__name__, "no kernel multiplies packed experts")
-        return jax.lax.ragged_dot(x, materialize(w).astype(x.dtype), group_sizes)
+            return w.dot_experts(x, group_sizes)
+        return jax.lax.ragged_dot(x, w.astype(x.dtype), group_sizes)
     if isinstance(w, Weight):
         return w.dot(x)
     return x @ w.astype(x.dtype)

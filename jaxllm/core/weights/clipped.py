@@ -11,12 +11,12 @@ from jaxtyping import Array, Float
 
 from jaxllm.core.arrays import Leaf, to_rank
 from jaxllm.core.weights import base
-from jaxllm.core.weights.base import Names, Wrapper
+from jaxllm.core.weights.base import Names, Preceded
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Clipped(Wrapper):
+class Clipped(Preceded):
     """y = clip(x) W: each token's inputs within ``share`` [] of its largest magnitude.
 
     Around rounded activations it is the rounding of a range that was shrunk.
@@ -25,10 +25,10 @@ class Clipped(Wrapper):
     inner: Any
     share: Leaf[Float[Array, "*lead"]]
 
-    def dot(self, x):
+    def before(self, x):
         peak = jnp.abs(x).max(-1, keepdims=True)
         top = peak * to_rank(self.share, x.ndim).astype(x.dtype)
-        return base.dot(jnp.clip(x, -top, top), self.inner)
+        return jnp.clip(x, -top, top)
 
     def axes(self, names: Names) -> Clipped:
         return Clipped(base.axes(self.inner, names), ())

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.core.arrays import Leaf, static, to_rank
 from jaxllm.core.weights import base
-from jaxllm.core.weights.base import Names, Wrapper
+from jaxllm.core.weights.base import Names, Preceded
 from pallas_kernels.gated_matmul import op as gated_matmul
 
 BLOCK = 128  # inputs that are read or left out together
@@ -20,7 +20,7 @@ FEW = 256  # rows: of more some token reads every block
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Gated(Wrapper):
+class Gated(Preceded):
     """y = (x * top) W, where ``top`` marks the ``kept`` inputs of largest |x_i| g_i.
 
     ``gain`` g [in] says how much an input of size one matters. The rows of W that a
@@ -32,7 +32,7 @@ class Gated(Wrapper):
     gain: Leaf[Float[Array, "*lead in"]]
     kept: int = static()
 
-    def gate(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch in"]:
+    def before(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch in"]:
         """``x`` with zeros for all but the ``kept`` inputs that matter most."""
         if self.kept >= x.shape[-1]:
             return x
@@ -45,7 +45,7 @@ class Gated(Wrapper):
 
     def dot(self, x):
         """Few rows of a plain array leave out the blocks that no token reads."""
-        passed, w = self.gate(x), self.inner
+        passed, w = self.before(x), self.inner
         blocks, rest = divmod(x.shape[-1], BLOCK)
         open_ = self.kept >= x.shape[-1]
         plain = not base.compressed(w) and w.ndim == 2 and not rest

@@ -17,7 +17,7 @@ from jaxllm.core.arrays import Leaf, static, to_rank
 from jaxllm.core.hadamard import hadamard_matrix, hadamard_transform
 from jaxllm.core.packing import pack, unpack
 from jaxllm.core.weights import base
-from jaxllm.core.weights.base import Names, Wrapper
+from jaxllm.core.weights.base import Names, Preceded, Wrapper
 
 
 @jax.tree_util.register_dataclass
@@ -163,7 +163,7 @@ class Permutation:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Transformed(Wrapper):
+class Transformed(Preceded):
     """y = op(x) W': the input goes through ``op`` first, at run time."""
 
     op: Any
@@ -177,8 +177,8 @@ class Transformed(Wrapper):
             return jax.vmap(lambda op, w: op.apply(eye) @ w)(self.op, dense)
         return self.op.apply(eye) @ dense
 
-    def dot(self, x):
-        return base.dot(self.op.apply(x), self.inner)
+    def before(self, x):
+        return self.op.apply(x)
 
     def refine(self, solve, stats, support=None):
         _no_support(support)
