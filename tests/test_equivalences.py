@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxllm import methods
+from jaxllm.core import reconstruct
 from jaxllm.core.affine import _dominant, _matrix, affine, kronecker, scaling
 from jaxllm.core.batch import Batch
 from jaxllm.core.compose import transform
@@ -253,6 +254,7 @@ def test_affine_maps_stay_well_conditioned():
 
 
 def test_a_block_never_ends_above_its_start(batches):
+    """Equal blocks and all epochs share one compiled step."""
     model, spec = build("llama"), "omniquant(3, 16, 4, epochs={}, rates=({}, {}))"
 
     def errors(*arguments):
@@ -260,7 +262,10 @@ def test_a_block_never_ends_above_its_start(batches):
         methods.parse(spec.format(*arguments))(model, batches, monitor=monitor)
         return [(e["error_before"], e["error_after"]) for e in monitor.events]
 
+    before = reconstruct._step._cache_size(), reconstruct._loss._cache_size()
     tame = errors(6, 0.02, 0.05)
+    after = reconstruct._step._cache_size(), reconstruct._loss._cache_size()
+    assert after == (before[0] + 1, before[1] + 1)
     assert len(tame) == 2 and all(after < before for before, after in tame)
     assert all(after <= before for before, after in errors(2, 1e3, 1e3))
 

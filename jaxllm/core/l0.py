@@ -98,7 +98,7 @@ def learned_units(
 
 def _learned(plan: _Plan, model: Model, context: Context, budget) -> dict[str, Any]:
     sparsity, steps, rank = budget
-    gates = {u.path: jnp.full(u.count, OPEN) for u, _ in plan.parts}
+    gates = {u.path: jnp.full(u.count, OPEN, jnp.float32) for u, _ in plan.parts}
     paths = [p for u, _ in plan.parts for p in (*u.outputs, u.input)] if rank else []
     adapters = {
         p: adapter_factors(

@@ -193,6 +193,7 @@ def learned(plan: Plan, pace: Pace, theta, params, seen: Seen, goals):
     The mean squared error to the ``goals`` (outputs, one per batch of inputs) is
     measured after every epoch and noted; its least value, the start's included, wins.
     """
+    theta = jax.tree.map(jnp.float32, theta)  # never weakly typed: one compiled step
     state, batches = optax.scale_by_adam().init(theta), seen.inputs
 
     def total(theta, progress):
@@ -200,11 +201,11 @@ def learned(plan: Plan, pace: Pace, theta, params, seen: Seen, goals):
         losses = [_loss(plan, theta, params, progress, *x, y) for x, y in pairs]
         return jnp.stack(losses).mean()
 
-    progress = jnp.zeros(())
+    progress = jnp.float32(0)
     best, first = (theta, progress), total(theta, progress)
     least = first
     for epoch in range(pace.epochs):
-        progress = jnp.asarray(epoch / max(pace.epochs - 1, 1))
+        progress = jnp.float32(epoch / max(pace.epochs - 1, 1))
         for (hidden, rest), goal in zip(batches, goals, strict=True):
             inputs = (params, progress, hidden, rest, goal)
             theta, state = _step(plan, theta, state, pace.rate, *inputs)
