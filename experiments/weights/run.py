@@ -26,24 +26,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import settings
 import sources
 import tables
 
 from jaxllm import methods
-from jaxllm.core import weights
-from jaxllm.core.model import Model, weight
 from jaxllm.evaluate import choose, cloze
 from jaxllm.evaluate.choice import Question, encode_pair
 from jaxllm.evaluate.environment import environment
-from jaxllm.evaluate.ground import NAMES, Ground, ground
+from jaxllm.evaluate.ground import NAMES, Ground, expanded, ground
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"
 QUESTIONS = {"stories": 200, "twin": 200, "builtin": 100}
 TOKENS = range(49, 65)  # of a question: one compiled shape serves all
-SAME = 1e-4  # of the largest output
 CLEAR = 20  # rows after which compiled programs are dropped and tables written
 
 
@@ -96,34 +92,6 @@ def measure(found: Ground, asked: dict, spec: str) -> dict:
         row[name] = round(score.accuracy["sum"], 4)
         row[f"{name}_error"] = round(score.stderr["sum"], 4)
     return row
-
-
-def expanded(small: Model) -> Model:
-    """The model with dense arrays in place of its packed weights, where that is the
-    same function (no rounded or gated inputs): all rows then share one program.
-    """
-    kinds: dict = {}
-    for path in small.config.linears():
-        w = weight(small, path)
-        if weights.compressed(w):
-            kinds.setdefault(jax.tree.structure(w), w)
-    if not all(map(multiplies_by_its_array, kinds.values())):
-        return small
-    return small.replace(params=dense(small.params))
-
-
-@jax.jit
-def dense(params):
-    packed = lambda x: isinstance(x, weights.Weight)  # noqa: E731
-    return jax.tree.map(weights.materialize, params, is_leaf=packed)
-
-
-def multiplies_by_its_array(w) -> bool:
-    """Whether x W is that of the dense array: no rule acts on x."""
-    x = jax.random.normal(jax.random.key(0), (16, weights.shape(w)[0]))
-    expected = x @ weights.materialize(w).astype(x.dtype)
-    wrong = jnp.abs(weights.dot(x, w) - expected).max()
-    return bool(wrong <= SAME * jnp.abs(expected).max())
 
 
 def protocol(found: Ground, asked: dict) -> dict:
