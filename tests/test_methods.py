@@ -132,7 +132,7 @@ def test_jit_equals_eager(name, model, batches, made):
     again = made(name).replace(params=jitted(model.params))
     expected = weights.materialize(weight(made(name), path))
     found = weights.materialize(weight(again, path))
-    wrong = jnp.abs(found - expected) > 1e-4
+    wrong = jnp.abs(found - expected) > 1e-3 * jnp.abs(expected).max()
     assert wrong.mean() < 0.01  # ties of rounding may fall either way
 
 
