@@ -37,6 +37,7 @@ EXAMPLES = {
     "omniquant": {"epochs": 1},
     "affinequant": {"epochs": 1},
     "flatquant": {"epochs": 1, "kv_bits": None},
+    "pst": {"epochs": 1},
     "spinquant": {"steps": 2},
 }
 BODY = {"quantize", "prune", "factorize"}
@@ -123,11 +124,19 @@ def test_is_pure_and_writes_history(name, model, batches, made):
     assert bool(jnp.isfinite(result(batches[0].tokens)).all())
 
 
-@pytest.mark.parametrize("name", FIXED)
+def learned(name: str) -> bool:
+    """Whether blocks are learned: jit compiles every step of it, for a minute."""
+    return "inputs" in example(name).needs
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * learned(n)) for n in FIXED],
+)
 def test_jit_equals_eager(name, model, batches, made):
     step, path = example(name), "layers.0.mlp.down"
     if not marks(name, "whole"):  # a block's weights are learned together
-        step = where("layers.0" if "inputs" in step.needs else path, step)
+        step = where("layers.0" if learned(name) else path, step)
     jitted = jax.jit(lambda p: step(model.replace(params=p), batches).params)
     again = made(name).replace(params=jitted(model.params))
     expected = weights.materialize(weight(made(name), path))
