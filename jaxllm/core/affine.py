@@ -9,12 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core.equivalences import (
-    SMALL,
+    balance,
     fold,
     input_channels,
-    pooled,
     producer_channels,
-    row_peak,
     shiftable,
 )
 from jaxllm.core.learned import Equivalence
@@ -40,8 +38,7 @@ def scaling(alpha: float = 0.5, shift: bool = True):
         if not shiftable(site):
             return {}
         middle, peak = centred(site, samples, shift)
-        wide = jnp.maximum(pooled(site, row_peak(ws)), SMALL)
-        theta = dict(scale=jnp.log(peak**alpha / wide ** (1 - alpha)))
+        theta = dict(scale=jnp.log(balance(site, ws, peak, alpha)))
         if shift:
             theta["shift"] = middle
         return {name: producer_channels(site, value) for name, value in theta.items()}
@@ -144,8 +141,7 @@ def kronecker(alpha: float = 0.3):
         theta: dict[str, Any] = dict(left=left, right=right)
         if site.producer is not None and site.exclusive and not _of_values(site):
             peak = centred(site, samples, False)[1]
-            wide = jnp.maximum(row_peak(ws), SMALL)
-            theta["scale"] = jnp.log(peak**alpha / wide ** (1 - alpha))
+            theta["scale"] = jnp.log(balance(site, ws, peak, alpha))
         return theta
 
     def change(theta, params, site: Site, progress):

@@ -33,6 +33,12 @@ def row_peak(ws) -> Float[Array, "in"]:
     return jnp.stack([jnp.abs(w).max(-1) for w in ws]).max(0)
 
 
+def balance(site: Site, ws, peak: Float[Array, "in"], alpha: float):
+    """s = peak^alpha / max|w|^(1 - alpha), one for each input (SmoothQuant, eq. 4)."""
+    wide = jnp.maximum(pooled(site, row_peak(ws)), SMALL)
+    return peak**alpha / wide ** (1 - alpha)
+
+
 @expression(needs=("absmax",))
 def smooth(alpha: float = 0.5):
     """SmoothQuant (arXiv:2211.10438, eq. 4): s = max|x|^alpha / max|w|^(1-alpha).
@@ -44,9 +50,7 @@ def smooth(alpha: float = 0.5):
 
     def equivalence(ws, stats, site):
         peak = jnp.maximum(pooled(site, stats.absmax.value), SMALL)
-        wide = jnp.maximum(pooled(site, row_peak(ws)), SMALL)
-        s = peak**alpha / wide ** (1 - alpha)
-        return 1 / jnp.maximum(s, SMALL)
+        return 1 / jnp.maximum(balance(site, ws, peak, alpha), SMALL)
 
     return equivalence
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float
 
+from jaxllm.core.adam import adam_state, adam_updates
 from jaxllm.core.arrays import traced
 from jaxllm.core.compose import Context
 from jaxllm.core.model import Model, Params, Units, get, layer_key, put, weight
@@ -108,7 +108,7 @@ def _learned(plan: _Plan, model: Model, context: Context, budget) -> dict[str, A
     }
     theta = {"gates": gates, "adapters": adapters}
     multipliers = jnp.zeros(2)
-    state = optax.adam(1.0).init((theta, multipliers))
+    state = adam_state((theta, multipliers))
     batches = tuple(context.calibration)
     for i in range(steps):
         goal = sparsity * min(1.0, 2 * (i + 1) / steps)
@@ -159,11 +159,10 @@ def _step(plan: _Plan, model: Model, theta, multipliers, state, batch, key, goal
         return fit + first * short + second * short**2
 
     slope = jax.grad(loss)((theta, multipliers))
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
-        (down, up), state = optax.adam(1.0).update(slope, state)
+    (down, up), state = adam_updates(slope, state)
     rates = {"gates": plan.rate, "adapters": plan.adapter_rate}
     moved = {
-        name: jax.tree.map(lambda x, d, r=rate: x + r * d, theta[name], down[name])
+        name: jax.tree.map(lambda x, d, r=rate: x - r * d, theta[name], down[name])
         for name, rate in rates.items()
     }
-    return moved, multipliers - plan.rate * up, state
+    return moved, multipliers + plan.rate * up, state

@@ -22,7 +22,7 @@ from jaxllm.core.formats import ActivationFormat
 from jaxllm.core.model import Model, Params, Site, get, layer_key, put
 from jaxllm.core.reconstruct import Pace, Plan, dense, learned, straight_through, target
 from jaxllm.core.spec import expression, marked
-from jaxllm.core.walk import Seen, inputs_of, walk
+from jaxllm.core.walk import Seen, walk
 
 
 class Equivalence(NamedTuple):
@@ -130,7 +130,7 @@ class Recipe:
         ws = {p: dense(params, p) for p in self.paths}
         found = {}
         if self.equivalence is not None:
-            taken = [inputs_of(seen.block, params, *item) for item in seen.inputs]
+            taken = seen.taps(params)
             for site in self.sites:
                 own = tuple(ws[p] for p in site.consumers)
                 samples = [t[site.tap] for t in taken]

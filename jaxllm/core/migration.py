@@ -17,7 +17,7 @@ from jaxllm.core.equivalences import SMALL, fold, pooled, shiftable
 from jaxllm.core.formats import ActivationFormat
 from jaxllm.core.model import Model, Site, get
 from jaxllm.core.spec import expression, marked
-from jaxllm.core.walk import Seen, inputs_of, walk
+from jaxllm.core.walk import Seen, walk
 
 
 @expression
@@ -45,8 +45,7 @@ def migrate(
 
         def visit(params, block, seen: Seen):
             mine = [s for s in sites if inside(s.tap, block)]
-            before = get(params, block)
-            batches = [inputs_of(seen.block, before, *item) for item in seen.inputs]
+            batches = seen.taps(get(params, block))
             for site in mine:
                 tap = site.tap.removeprefix(f"{block}.")
                 found = _found(plan, params, site, [b[tap] for b in batches])

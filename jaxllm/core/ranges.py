@@ -20,7 +20,7 @@ from jaxllm.core.reconstruct import straight_through
 from jaxllm.core.scales import absmax, per_entry
 from jaxllm.core.spec import expression, marked
 from jaxllm.core.stats import Samples
-from jaxllm.core.walk import Seen, inputs_of, walk
+from jaxllm.core.walk import Seen, walk
 from jaxllm.core.weights import StaticInput, Transformed, Weight
 from jaxllm.core.weights.activation import around_input
 
@@ -84,8 +84,7 @@ def static_inputs(format: ActivationFormat, rule=absmax()):
         taps = {p: s.tap for s in model.config.sites() for p in s.consumers}
 
         def visit(params, block, seen: Seen):
-            before = get(params, block)
-            batches = [inputs_of(seen.block, before, *item) for item in seen.inputs]
+            batches = seen.taps(get(params, block))
             found: dict[Any, Any] = {}
             for path in (p for p in paths if inside(p, block)):
                 tap = taps[path].removeprefix(f"{block}.")

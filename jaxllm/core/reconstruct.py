@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxllm.core import weights
+from jaxllm.core.adam import Best, adam_state, adam_updates
 from jaxllm.core.arrays import as_stored
 from jaxllm.core.compose import Context, inside
 from jaxllm.core.formats import TINY, Integer
@@ -194,7 +194,7 @@ def learned(plan: Plan, pace: Pace, theta, params, seen: Seen, goals):
     measured after every epoch and noted; its least value, the start's included, wins.
     """
     theta = jax.tree.map(jnp.float32, theta)  # never weakly typed: one compiled step
-    state, batches = optax.scale_by_adam().init(theta), seen.inputs
+    state, batches = adam_state(theta), seen.inputs
 
     def total(theta, progress):
         pairs = zip(batches, goals, strict=True)
@@ -202,19 +202,15 @@ def learned(plan: Plan, pace: Pace, theta, params, seen: Seen, goals):
         return jnp.stack(losses).mean()
 
     progress = jnp.float32(0)
-    best, first = (theta, progress), total(theta, progress)
-    least = first
+    best = Best.start((theta, progress), total(theta, progress))
     for epoch in range(pace.epochs):
         progress = jnp.float32(epoch / max(pace.epochs - 1, 1))
         for (hidden, rest), goal in zip(batches, goals, strict=True):
             inputs = (params, progress, hidden, rest, goal)
             theta, state = _step(plan, theta, state, pace.rate, *inputs)
-        now = total(theta, progress)
-        keep = functools.partial(jnp.where, now < least)
-        best = jax.tree.map(keep, (theta, progress), best)
-        least = keep(now, least)  # not the minimum: a diverged loss is no number
-    seen.record(error_before=first, error_after=least)
-    return best
+        best = best.or_this((theta, progress), total(theta, progress))
+    seen.record(error_before=best.first, error_after=best.least)
+    return best.value
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -237,8 +233,7 @@ def _loss(plan: Plan, theta, params, progress, hidden, rest, goal):
 @functools.partial(jax.jit, static_argnums=0)
 def _step(plan: Plan, theta, state, rate, params, progress, hidden, rest, goal):
     grads = jax.grad(_loss, 1)(plan, theta, params, progress, hidden, rest, goal)
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
-        updates, state = optax.scale_by_adam().update(grads, state)
+    updates, state = adam_updates(grads, state)
 
     def moved(path, value, update):
         own = rate[path[0].key] if isinstance(rate, dict) else rate

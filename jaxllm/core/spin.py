@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core import weights
-from jaxllm.core.arrays import traced
+from jaxllm.core.adam import Best
 from jaxllm.core.compose import Context
 from jaxllm.core.formats import ActivationFormat
 from jaxllm.core.hadamard import hadamard_matrix
@@ -125,20 +125,14 @@ def _best(spin: Spin, rates, theta, model: Model, context: Context):
         losses = [_loss(spin, theta, model, batch) for batch in batches]
         return jnp.stack(losses).mean()
 
-    best, first = theta, total(theta)
-    least = first
+    best = Best.start(theta, total(theta))
     for step, rate in enumerate(rates):
         batch = batches[step % len(batches)]
         theta = _step(spin, theta, model, batch, jnp.asarray(rate))
         if (step + 1) % len(batches) == 0 or step + 1 == len(rates):
-            now = total(theta)
-            keep = functools.partial(jnp.where, now < least)
-            best = jax.tree.map(keep, theta, best)
-            least = keep(now, least)  # not the minimum: a diverged loss is no number
-    if context.monitor is not None and not traced(least):
-        losses = dict(error_before=float(first), error_after=float(least))
-        context.monitor.events.append(dict(step="spin", path="model") | losses)
-    return best
+            best = best.or_this(theta, total(theta))
+    best.note(context.monitor, "spin")
+    return best.value
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -43,6 +43,10 @@ class Seen:
     def record(self, **values) -> None:
         self.notes.update(values)
 
+    def taps(self, params: Params) -> list[dict[str, Samples]]:
+        """Per batch, what each linear map of the block with ``params`` reads."""
+        return [inputs_of(self.block, params, *item) for item in self.inputs]
+
 
 Visit = Callable[[Params, str, Seen], Params]
 

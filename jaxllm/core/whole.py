@@ -14,19 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from jaxllm.core.arrays import traced
+from jaxllm.core.adam import Best, adam_state, adam_updates
+from jaxllm.core.affine import scaling
 from jaxllm.core.batch import Batch
 from jaxllm.core.compose import Context, inside
-from jaxllm.core.equivalences import (
-    SMALL,
-    fold,
-    input_channels,
-    pooled,
-    producer_channels,
-    row_peak,
-)
+from jaxllm.core.equivalences import balance, producer_channels
 from jaxllm.core.formats import ActivationFormat
 from jaxllm.core.learned import (
     Equivalence,
@@ -40,7 +33,7 @@ from jaxllm.core.model import Model, Site, get, put
 from jaxllm.core.ranges import found_range, log_ends, static_range
 from jaxllm.core.scales import absmax
 from jaxllm.core.spec import expression, marked
-from jaxllm.core.walk import Monitor, Seen, inputs_of, walk
+from jaxllm.core.walk import Monitor, Seen, walk
 
 LAST = 0.1  # rate, as a share of the first: where the cosine ends, as the authors' does
 PARTS = ("sites", "weights", "inputs")  # of a block's theta
@@ -58,15 +51,10 @@ def rescaling(alpha: float = 0.5):
     def start(ws, site: Site, samples, key):
         if site.producer is None or not site.exclusive:
             return {}
-        peak = centred(site, samples, False)[1]
-        wide = jnp.maximum(pooled(site, row_peak(ws)), SMALL)
-        scale = jnp.log(peak**alpha / wide ** (1 - alpha))
+        scale = jnp.log(balance(site, ws, centred(site, samples, False)[1], alpha))
         return dict(scale=producer_channels(site, scale))
 
-    def change(theta, params, site: Site, progress):
-        return fold(params, site, jnp.exp(-input_channels(site, theta["scale"])))
-
-    return Equivalence(start, change)
+    return Equivalence(start, scaling(alpha, False).call.change)
 
 
 class Goal(NamedTuple):
@@ -160,7 +148,7 @@ class Run:
         """The first theta of a block; ranges are those behind its equivalences."""
         theta = self.recipe.start(params, seen, path, key)
         moved = self.recipe.changed(theta, params, jnp.ones(()))
-        taken = [inputs_of(seen.block, moved, *item) for item in seen.inputs]
+        taken = seen.taps(moved)
         ranges = {}
         for tap in dict.fromkeys(tap for _, tap in self.taps):
             grid = found_range(format, rule, (), [t[tap] for t in taken])
@@ -252,13 +240,11 @@ def _best(plan: Whole, theta, model: Model, context: Context, epochs: int, rate)
     batches = list(context.calibration)
     wanted = [_target(plan, model, batch) for batch in batches]
     pairs = [*zip(batches, wanted, strict=True)]
-    state = optax.scale_by_adam().init(theta)
+    state = adam_state(theta)
     total = lambda theta: jnp.stack(  # noqa: E731
         [_loss(plan, theta, model, *pair) for pair in pairs]
     ).mean()
-    first = total(theta)
-    best, least, done = theta, first, 0
-    keep: Any
+    best, done = Best.start(theta, total(theta)), 0
     for _ in range(epochs):
         for pair in pairs:
             fall = (1 + np.cos(np.pi * done / (epochs * len(pairs)))) / 2
@@ -266,14 +252,9 @@ def _best(plan: Whole, theta, model: Model, context: Context, epochs: int, rate)
             now = {name: share * value for name, value in rate.items()}
             theta, state = _step(plan, theta, state, now, model, *pair)
             done += 1
-        loss = total(theta)
-        keep = functools.partial(jnp.where, loss < least)
-        best = jax.tree.map(keep, theta, best)
-        least = keep(loss, least)  # not the minimum: a diverged loss is no number
-    if context.monitor is not None and not traced(least):
-        losses = dict(error_before=float(first), error_after=float(least))
-        context.monitor.events.append(dict(step="whole", path="model") | losses)
-    return best
+        best = best.or_this(theta, total(theta))
+    best.note(context.monitor, "whole")
+    return best.value
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -294,8 +275,7 @@ def _rendered(plan: Whole, theta, model: Model) -> Model:
 @functools.partial(jax.jit, static_argnums=0)
 def _step(plan: Whole, theta, state, rate, model: Model, batch: Batch, wanted):
     slopes = jax.grad(plan.loss)(theta, model, batch, wanted)
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and floats
-        updates, state = optax.scale_by_adam().update(slopes, state)
+    updates, state = adam_updates(slopes, state)
 
     def moved(path, value, update):
         return value - rate[path[1].key] * update

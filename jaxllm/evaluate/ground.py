@@ -70,7 +70,7 @@ def expanded(model: Model) -> Model:
         w = weight(model, path)
         if weights.compressed(w):
             kinds.setdefault(jax.tree.structure(w), w)
-    if not all(map(multiplies_by_its_array, kinds.values())):
+    if not kinds or not all(map(multiplies_by_its_array, kinds.values())):
         return model
     return model.replace(params=_dense(model.params))
 
