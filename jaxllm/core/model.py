@@ -57,6 +57,15 @@ class Site:
     head_dim: int = 1
     exclusive: bool = True
 
+    @property
+    def kindred(self) -> Site:
+        """The site without its place, equal for the same part of every layer.
+
+        What is compiled for it serves all of them.
+        """
+        producer = None if self.producer is None else ""
+        return dataclasses.replace(self, consumers=(), tap="", producer=producer)
+
 
 @dataclasses.dataclass(frozen=True)
 class Residual:
@@ -119,6 +128,7 @@ class Architecture(Protocol):
     def linears(self) -> tuple[str, ...]: ...
     def untied(self) -> Architecture: ...
     def with_cache(self, format, rotate_qk: bool) -> Architecture: ...
+    def with_tokens(self, rules: dict[str, Any]) -> Architecture: ...
     def axes(self, path: str) -> tuple[str, str]: ...
     def forward(self, params: Params, tokens, **values): ...
 

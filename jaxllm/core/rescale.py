@@ -63,7 +63,7 @@ def _rescaled(equivalence, params, site: Site, stats):
     for path, w in zip(site.consumers, ws, strict=True):
         if weights.compressed(w):
             raise TypeError(f"{path} is {type(w).__name__}: rescale before compressing")
-    factor = _factor(equivalence, site, ws, stats)
+    factor = _factor(equivalence, site.kindred, ws, stats)
     return fold(params, site, factor)
 
 
