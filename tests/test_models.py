@@ -142,7 +142,7 @@ def test_causality(name):
     @jax.grad
     def gradient(hidden, i):
         for path, block in config.blocks():
-            hidden = block.apply(get(params, path), hidden, Pass(ROW[:1]))[0]
+            hidden = block.apply(get(params, path), hidden, Pass(ROW[:1]))[0][0]
         return config.head(params, hidden)[0, i] @ mix
 
     hidden = config.embed(params, TOKENS[:1], ROW[:1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -47,13 +49,14 @@ def attend(
 def visibility(values: Pass, window: int | None) -> Bool[Array, "batch q kv"]:
     """Who sees whom: causal, within the window, within the document.
 
-    Positions grow within a document. With a cache, slot t holds position t, and what
-    lies beyond a query's position has not been written yet.
+    Positions grow within a document. With a cache, slots do, and what lies beyond a
+    query's slot has not been written yet.
     """
-    mine = values.positions[:, :, None]
     if values.cache is not None:
+        mine = values.cache.slots(values.positions, values.tokens)[:, :, None]
         theirs = jnp.arange(values.cache.length)[None, None, :]
     else:
+        mine = values.positions[:, :, None]
         theirs = values.positions[:, None, :]
     mask = theirs <= mine
     if window is not None:
@@ -64,7 +67,10 @@ def visibility(values: Pass, window: int | None) -> Bool[Array, "batch q kv"]:
 
 
 class Attention(Part):
-    """Grouped-query attention with optional rotary embedding, bias and QK norm."""
+    """Grouped-query attention with optional rotary embedding, bias and QK norm.
+
+    Returns the output, the layer's cache, and what a rule chose of the tokens.
+    """
 
     config: AttentionConfig
 
@@ -88,9 +94,26 @@ class Attention(Part):
         mixed, cache = self._mix(q, k, v, values)
         mixed = rearrange(mixed, "b s h d -> b s (h d)")
         observe(self, "mixed", mixed, values)
+        chosen = None
+        if values.rule is not None:
+            mix = functools.partial(self._mixed_values, q, k, values.segments)
+            chosen = values.rule.choose(mix, values.segments, values.tokens.low)
+            mixed = values.rule.lowered(mixed, chosen.low)
         shape = (c.heads * d, self.width)
         out = Linear(shape, c.out_bias, self.out_std, self.dtype, name="o")(mixed)
-        return out, cache
+        return out, cache, chosen
+
+    def _mixed_values(self, q, k, segments, numbers):
+        """sum_t p[i, t] numbers[t] within the pass, the mean over heads."""
+        wide = numbers[:, :, None, None].astype(q.dtype)
+        v = jnp.pad(wide, [(0, 0)] * 3 + [(0, k.shape[-1] - 1)])
+        v = jnp.broadcast_to(v, k.shape)
+        return self._flash(q, k, v, segments)[..., 0].astype(jnp.float32).mean(2)
+
+    def _flash(self, q, k, v, segments):
+        c, pair = self.config, None if segments is None else (segments, segments)
+        options = dict(scale=c.scale, soft_cap=c.softcap, window=c.window)
+        return flash_attention(q, k, v, pair, **options)
 
     def _mix(self, q, k, v, values: Pass):
         """What each query gathers, and the updated cache.
@@ -99,22 +122,22 @@ class Attention(Part):
         cache, or an attention function of the caller's, takes the dense mask.
         """
         c, step, custom = self.config, q.shape[1] == 1, values.attend
-        options = dict(scale=c.scale, soft_cap=c.softcap, window=c.window)
         if values.cache is not None:
-            cache = values.cache.write(k, v, values.positions, values.segments)
+            slots = values.cache.slots(values.positions, values.tokens)
+            cache = values.cache.write(k, v, slots, values.segments)
             if step and custom is None:
-                lengths = values.positions[:, 0] + 1
+                options = dict(scale=c.scale, soft_cap=c.softcap, window=c.window)
+                lengths = slots[:, 0] + 1
                 mixed = decode_attention(q[:, 0], *cache.stored, lengths, **options)
                 return mixed[:, None], cache
+            cache = cache.without(values.tokens)
             k, v = cache.read(k.dtype)
         else:
             cache = None
             if c.kv is not None:
                 k, v = c.kv.round(k), c.kv.round(v)
             if custom is None:
-                segments = values.segments
-                pair = None if segments is None else (segments, segments)
-                return flash_attention(q, k, v, pair, **options), cache
+                return self._flash(q, k, v, values.segments), cache
         scale = c.head_dim**-0.5 if c.scale is None else c.scale
         mask = visibility(values, c.window)
         run = custom or attend

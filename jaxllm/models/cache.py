@@ -1,4 +1,7 @@
-"""The key-value cache: slot t of a row holds the keys and values of position t."""
+"""The key-value cache: slot t of a row holds the keys and values of position t.
+
+Behind layers that drop tokens, slots hold the tokens that were left, in order.
+"""
 
 from __future__ import annotations
 
@@ -17,30 +20,48 @@ class LayerCache:
     """Keys and values [batch, slots, kv_heads, head_dim], packed when ``format`` is.
 
     Writing is idempotent per position, so rolling back is just writing again.
+    ``skipped`` [batch] counts the positions whose tokens did not reach the layer (None
+    where no layer drops any); the room that they leave is kept for later ones.
     """
 
     keys: Any
     values: Any
     format: Any = dataclasses.field(default=None, metadata=dict(static=True))
+    skipped: Any = None
 
     @classmethod
-    def empty(cls, batch: int, length: int, attention, dtype) -> LayerCache:
+    def empty(
+        cls, batch: int, length: int, attention, dtype, *, drops: bool = False
+    ) -> LayerCache:
+        """Room for ``length`` positions; ``drops``: some layer drops tokens."""
         shape = (batch, length, attention.kv_heads, attention.head_dim)
-        blank = jnp.zeros(shape, dtype)
-        if attention.kv is None:
-            return cls(blank, blank)
-        packed = attention.kv.encode(blank)
-        return cls(packed, packed, attention.kv)
+        kept = jnp.zeros(shape, dtype)
+        if attention.kv is not None:
+            kept = attention.kv.encode(kept)
+        skipped = jnp.zeros(batch, jnp.int32) if drops else None
+        return cls(kept, kept, attention.kv, skipped)
 
     @property
     def length(self) -> int:
         return jax.tree.leaves(self.keys)[0].shape[1]
 
-    def write(self, k, v, positions, segments=None) -> LayerCache:
-        """Put new entries at their positions; padding (segment 0) is dropped."""
-        slot = positions
+    def slots(self, positions, stream=None):
+        """Where the tokens of a pass go: ``positions`` less what is missing before."""
+        if self.skipped is None:
+            return positions
+        slots = positions - self.skipped[:, None]
+        return slots if stream is None else slots - stream.before
+
+    def without(self, stream) -> LayerCache:
+        """The cache once it is known how many tokens of a pass did not reach it."""
+        if self.skipped is None or stream is None:
+            return self
+        return dataclasses.replace(self, skipped=self.skipped + stream.dropped)
+
+    def write(self, k, v, slot, segments=None) -> LayerCache:
+        """Put new entries at their slots; padding (segment 0) is dropped."""
         if segments is not None:
-            slot = jnp.where(segments > 0, positions, self.length)
+            slot = jnp.where(segments > 0, slot, self.length)
         row = jnp.arange(k.shape[0])[:, None]
         if self.format is not None:
             k, v = self.format.encode(k), self.format.encode(v)

@@ -130,7 +130,8 @@ class Layer:
     """One block: attention and feed-forward part, either of which may be absent.
 
     ``post_norm`` adds a norm to each part's output (Gemma 2, 3); ``parallel`` feeds
-    both parts from the block's input (GPT-NeoX).
+    both parts from the block's input (GPT-NeoX). ``tokens`` is a ``TokenRule``: which
+    tokens leave behind the attention, and which are rounded further.
     """
 
     attention: Attention | None
@@ -138,6 +139,14 @@ class Layer:
     norm: Norm = Norm()
     post_norm: bool = False
     parallel: bool = False
+    tokens: Any = None
+
+    def __post_init__(self):
+        if self.tokens is not None and (self.attention is None or self.parallel):
+            raise ValueError(
+                "tokens are chosen between attention and feed-forward part; this layer "
+                + ("has both in parallel" if self.parallel else "has no attention")
+            )
 
 
 @dataclasses.dataclass(frozen=True)

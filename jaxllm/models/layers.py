@@ -24,7 +24,8 @@ class Pass:
 
     ``positions``, ``segments``: int32 [batch, length] or None; ``cache``: the
     layer's cache or None; ``collect``: names of statistics to sow; ``weights``: the
-    share of each token in them, [batch, length]; ``attend``: the attention function.
+    share of each token in them, [batch, length]; ``attend``: the attention function;
+    ``tokens``: the ``Stream`` where layers may drop some; ``rule``: the layer's rule.
     """
 
     positions: Any
@@ -33,6 +34,12 @@ class Pass:
     collect: tuple[str, ...] = ()
     weights: Any = None
     attend: Callable | None = None
+    tokens: Any = None
+    rule: Any = None
+
+    def lowered(self, x):
+        """``x`` with the tokens of least score rounded, where the layer has a rule."""
+        return x if self.rule is None else self.rule.lowered(x, self.tokens.low)
 
 
 def read(module: nn.Module, name: str, init: Callable, shape: tuple, dtype):

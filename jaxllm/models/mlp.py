@@ -29,7 +29,7 @@ class MLP(Part):
         hidden = act(linear("gate")) * linear("up") if c.gated else act(linear("up"))
         observe(self, "hidden", hidden, values)
         down = Linear(wide[::-1], c.bias, self.out_std, self.dtype, name="down")
-        return down(hidden)
+        return down(values.lowered(hidden))
 
 
 class Experts(Part):

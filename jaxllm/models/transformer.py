@@ -15,6 +15,7 @@ import numpy as np
 from jaxllm.core import weights
 from jaxllm.core.arrays import to_rank
 from jaxllm.core.model import Model, Params, Residual, Site, Units, get
+from jaxllm.core.tokens import Stream, TokenRule
 from jaxllm.models.attention import Attention
 from jaxllm.models.cache import LayerCache
 from jaxllm.models.config import MLP as MLPConfig
@@ -28,17 +29,22 @@ from jaxllm.models.sites import find_residual, find_sites, find_units
 
 
 class Block(Part):
-    """One layer: (hidden, values) -> (hidden, layer cache)."""
+    """One layer: (hidden, values) -> (hidden, layer cache, stream of tokens)."""
 
     config: Layer
 
     @nn.compact
     def __call__(self, x, values: Pass):
-        attended, cache = self._attend(x, values)
+        if values.tokens is not None:
+            values = dataclasses.replace(values, rule=self.config.tokens)
+        attended, cache, chosen = self._attend(x, values)
         if self.config.parallel:
-            return x + attended + self._feed(x, values), cache
+            return x + attended + self._feed(x, values), cache, values.tokens
         x = x + attended
-        return x + self._feed(x, values), cache
+        if chosen is not None:
+            x, stream = values.tokens.follow(chosen, x)
+            values = dataclasses.replace(values, tokens=stream)
+        return x + self._feed(x, values), cache, values.tokens
 
     def _norm(self, name: str, x):
         return NormModule(self.config.norm, self.width, self.dtype, name=name)(x)
@@ -46,10 +52,11 @@ class Block(Part):
     def _attend(self, x, values: Pass):
         c = self.config
         if c.attention is None:
-            return jnp.zeros_like(x), None
+            return jnp.zeros_like(x), None, None
         attention = self.part(Attention, c.attention, "attn")
-        y, cache = attention(self._norm("attn_norm", x), values)
-        return (self._norm("attn_post_norm", y) if c.post_norm else y), cache
+        y, cache, chosen = attention(self._norm("attn_norm", x), values)
+        y = self._norm("attn_post_norm", y) if c.post_norm else y
+        return y, cache, chosen
 
     def _feed(self, x, values: Pass):
         c = self.config
@@ -57,7 +64,8 @@ class Block(Part):
             return jnp.zeros_like(x)
         dense = isinstance(c.ffn, MLPConfig)
         kind, name = (MLP, "mlp") if dense else (MoEModule, "moe")
-        y = self.part(kind, c.ffn, name)(self._norm("mlp_norm", x), values)
+        x = values.lowered(self._norm("mlp_norm", x))
+        y = self.part(kind, c.ffn, name)(x, values)
         return self._norm("mlp_post_norm", y) if c.post_norm else y
 
 
@@ -76,16 +84,16 @@ class BlockDefinition:
         return Block(self.config, self.width, self.std, self.out_std, dtype)
 
     def apply(self, params: Params, hidden, values: Pass):
-        """(hidden, layer cache, statistics by tap) of one block."""
-        (hidden, cache), sown = self.module().apply(
+        """((hidden, layer cache, stream of tokens), statistics by tap) of one block."""
+        made, sown = self.module().apply(
             {"params": params}, hidden, values, mutable=["stats"]
         )
-        return hidden, cache, sown.get("stats", {})
+        return made, sown.get("stats", {})
 
     def run(self, params, hidden, positions, segments, weights, collect=()):
-        """(hidden, statistics) without a cache: what the walk calls."""
+        """(hidden, statistics) of all tokens, without a cache: what the walk calls."""
         values = Pass(positions, segments, collect=collect, weights=weights)
-        hidden, _, stats = self.apply(params, hidden, values)
+        (hidden, _, _), stats = self.apply(params, hidden, values)
         return hidden, stats
 
 
@@ -189,6 +197,9 @@ class Transformer:
         positions = default_positions(tokens, positions)
         hidden = self.embed(params, tokens, positions)
         values = Pass(positions, segments, attend=attend)
+        if tokens.shape[1] > 1 and any(layer.tokens for layer in self.layers):
+            stream = Stream.start(hidden, positions, segments)
+            values = dataclasses.replace(values, tokens=stream)
         run = _scanned if scan else _unrolled
         hidden, cache = run(self, params, hidden, values, cache, remat)
         out = hidden if hidden_only else self.head(params, hidden)
@@ -197,8 +208,10 @@ class Transformer:
     def empty_cache(self, batch: int, length: int, dtype=None) -> dict[str, LayerCache]:
         """A cache with room for ``length`` positions, by layer path."""
         dtype = jnp.dtype(dtype or self.policy.compute)
+        drops = any(layer.tokens and layer.tokens.drop for layer in self.layers)
+        empty = functools.partial(LayerCache.empty, batch, length, drops=drops)
         return {
-            path: LayerCache.empty(batch, length, block.config.attention, dtype)
+            path: empty(block.config.attention, dtype)
             for path, block in self.blocks()
             if block.config.attention is not None
         }
@@ -219,6 +232,17 @@ class Transformer:
             return dataclasses.replace(layer, attention=attention)
 
         return dataclasses.replace(self, layers=tuple(map(changed, self.layers)))
+
+    def with_tokens(self, rules: dict[str, TokenRule]) -> Transformer:
+        """Layers with rules for their tokens, by path; other layers have none.
+
+        A pass with such layers drops and rounds tokens; the walk sees all of them.
+        """
+        layers = (
+            dataclasses.replace(layer, tokens=rules.get(f"layers.{i}"))
+            for i, layer in enumerate(self.layers)
+        )
+        return dataclasses.replace(self, layers=tuple(layers))
 
     def linears(self) -> tuple[str, ...]:
         """Paths of the weights that methods compress unless told otherwise."""
@@ -268,25 +292,39 @@ def default_positions(tokens, positions):
 def _unrolled(config: Transformer, params, hidden, values: Pass, cache, remat):
     new = None if cache is None else dict(cache)
     for path, block in config.blocks():
-        entry = None if cache is None else cache.get(path)
-        values_here = dataclasses.replace(values, cache=entry)
-        run = functools.partial(_run_block, block, remat)
-        hidden, entry = run(get(params, path), hidden, values_here)
-        if entry is not None:
-            new[path] = entry
-    return hidden, new
+        hidden, values = _step(path, block, remat, params, hidden, values, new)
+    return _whole(hidden, values), new
+
+
+def _step(path, block, remat: bool, params, hidden, values: Pass, cache):
+    """One block on its own; its entry of ``cache`` is replaced."""
+    entry = None if cache is None else cache.get(path)
+    here = dataclasses.replace(values, cache=entry)
+    hidden, entry, stream = _run_block(block, remat, get(params, path), hidden, here)
+    if entry is not None:
+        cache[path] = entry
+    if stream is None:
+        return hidden, values
+    at = dict(positions=stream.positions, segments=stream.segments)
+    return hidden, dataclasses.replace(values, tokens=stream, **at)
+
+
+def _whole(hidden, values: Pass):
+    """A state for every token of the pass."""
+    return hidden if values.tokens is None else values.tokens.restored(hidden)
 
 
 def _run_block(block: BlockDefinition, remat: bool, params, hidden, values: Pass):
     """One block, optionally rematerialised; only arrays cross the checkpoint."""
     fixed = values.collect, values.attend
 
-    def run(params, hidden, positions, segments, weight, cache):
-        here = Pass(positions, segments, cache, fixed[0], weight, fixed[1])
-        return block.apply(params, hidden, here)[:2]
+    def run(params, hidden, positions, segments, weight, cache, tokens):
+        here = Pass(positions, segments, cache, fixed[0], weight, fixed[1], tokens)
+        return block.apply(params, hidden, here)[0]
 
     run = jax.checkpoint(run) if remat else run
-    arrays = values.positions, values.segments, values.weights, values.cache
+    v = values
+    arrays = v.positions, v.segments, v.weights, v.cache, v.tokens
     return run(params, hidden, *arrays)
 
 
@@ -296,7 +334,8 @@ def equal_runs(config: Transformer, params) -> list[list[str]]:
     def structure(item):
         path, block = item
         leaves, tree = jax.tree.flatten(get(params, path))
-        return block, tree, tuple((x.shape, x.dtype) for x in leaves)
+        alone = path if block.config.tokens else None  # fewer tokens leave it
+        return block, tree, tuple((x.shape, x.dtype) for x in leaves), alone
 
     groups = itertools.groupby(config.blocks(), structure)
     return [[path for path, _ in group] for _, group in groups]
@@ -308,20 +347,23 @@ def _scanned(config: Transformer, params, hidden, values: Pass, cache, remat):
     stack = lambda *xs: jnp.stack(xs)  # noqa: E731
     for run in equal_runs(config, params):
         block = blocks[run[0]]
+        if block.config.tokens:
+            hidden, values = _step(run[0], block, remat, params, hidden, values, new)
+            continue
         stacked = jax.tree.map(stack, *(get(params, p) for p in run))
         entries = [None if cache is None else cache.get(p) for p in run]
         entries = jax.tree.map(stack, *entries) if entries[0] is not None else None
 
-        def step(hidden, layer, block=block):
+        def step(hidden, layer, block=block, values=values):
             weights_here, entry = layer
             here = dataclasses.replace(values, cache=entry)
-            return _run_block(block, remat, weights_here, hidden, here)
+            return _run_block(block, remat, weights_here, hidden, here)[:2]
 
         hidden, entries = jax.lax.scan(step, hidden, (stacked, entries))
         if entries is not None:
             for i, path in enumerate(run):
                 new[path] = jax.tree.map(lambda x, i=i: x[i], entries)
-    return hidden, new
+    return _whole(hidden, values), new
 
 
 def init(config: Transformer, key: jax.Array) -> Model:
