@@ -80,11 +80,11 @@ def spread(rows: int, tile: int, outputs: int, steps: int) -> tuple[int, int]:
     return warpgroups, splits
 
 
-def depth(stage: int, tile: int, rows: int, steps: int) -> int:
+def depth(stage: int, tile: int, rows: int, steps: int, room: int = SHARED) -> int:
     """Stages of ``stage`` bytes that fit beside a result of ``tile`` x ``rows``."""
     most = 8 if rows <= 32 else 4
-    room = (SHARED - RESERVED - 4 * tile * rows) // stage
-    return max(1, min(most, room, steps))
+    fit = (room - RESERVED - 4 * tile * rows) // stage
+    return max(1, min(most, fit, steps))
 
 
 def result(warpgroups: int, rows: int, partial: bool):

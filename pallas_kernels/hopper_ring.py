@@ -1,7 +1,8 @@
 """Hopper: one warpgroup keeps a ring of tiles full, the others multiply what is there.
 
-out^T = W x^T for weights that are unpacked in registers, because wgmma takes a register
-operand on its left only. What a kernel adds is how bytes become operands.
+out^T = W x^T: few rows of x still fill wgmma's 64 rows with outputs, and weights may be
+unpacked in registers, which wgmma takes on its left only. What a kernel adds is how
+bytes become operands, of floats or of integers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat, hopper
+from pallas_kernels import tuning as tables
 from pallas_kernels.hopper import LANES
 
 
@@ -97,11 +99,13 @@ class Ring(NamedTuple):
 
 
 class Place(NamedTuple):
-    """The first step of this block of threads, its first output, and a warpgroup."""
+    """The first step of this block of threads, a warpgroup, its first output (``row``
+    of W), and the first row of x (``batch``)."""
 
     first: Any
     row: Any
     warpgroup: Any
+    batch: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +143,7 @@ class Product:
         )
         if interpret:
             scratch["staged"] = [
-                plgpu.SMEM((t.warpgroups, LANES, width), jnp.bfloat16)
+                plgpu.SMEM((t.warpgroups, LANES, width), self.x[0].array.dtype)
                 for width in self.staged
             ]
         return plgpu.kernel(
@@ -170,9 +174,10 @@ class Product:
 
         @pl.when(warpgroup < t.warpgroups)
         def _():
-            plgpu.set_max_registers(232 if t.warpgroups < 3 else 160, action="increase")
+            plgpu.set_max_registers(232 if t.warpgroups < 3 else 152, action="increase")
             row = n * plan.tile + warpgroup * LANES
-            total = self.consume(ring, others, Place(first, row, warpgroup))
+            place = Place(first, row, warpgroup, m * t.rows)
+            total = self.consume(ring, others, place)
             here, rows = pl.ds(row, LANES), pl.ds(m * t.rows, t.rows)
             hopper.store(total, out.at[warpgroup], y, split, here, rows, plan.partial)
 
@@ -207,8 +212,8 @@ def _tiles(stages: int, rows: int, stream: Stream):
     return hopper.tiles(shape, dtype, stream.width)
 
 
-def sums(plan: Plan, ring: Ring, fetch, multiply, *, constant: bool):
-    """The sums [64, rows] of a warpgroup over all steps.
+def sums(plan: Plan, ring: Ring, fetch, multiply, *, constant: bool, dtype=jnp.float32):
+    """The sums [64, rows] of a warpgroup over all steps, of ``dtype``.
 
     ``fetch(i)`` loads what step i needs from device memory, a step ahead of its use,
     or once where it is ``constant``. ``multiply(accs, at, values)`` adds the products
@@ -229,13 +234,24 @@ def sums(plan: Plan, ring: Ring, fetch, multiply, *, constant: bool):
         lax.fori_loop(0, plan.steps, step, once if constant else fetch(0))
         return acc[...]
 
-    return pl.run_scoped(scope, plgpu.ACC((LANES, plan.tuning.rows)))
+    return pl.run_scoped(scope, plgpu.ACC((LANES, plan.tuning.rows), dtype))
 
 
-def sums_of_blocks(plan: Plan, ring: Ring, fetch, multiply, scales, terms: int = 1):
-    """The same where each block is summed apart and then scaled, all in float32.
+def sums_of_blocks(
+    plan: Plan,
+    ring: Ring,
+    fetch,
+    multiply,
+    scales,
+    terms: int = 1,
+    *,
+    products=jnp.float32,
+    dtype=jnp.float32,
+):
+    """The same where each block is summed apart, of ``products``, and then scaled.
 
-    ``scales(values)`` are those of the accumulators: ``terms`` of each group.
+    ``scales(values)`` are those of the accumulators: ``terms`` of each group, and of
+    ``dtype``, like the result.
     """
     rows, count = plan.tuning.rows, plan.groups * terms
 
@@ -250,13 +266,14 @@ def sums_of_blocks(plan: Plan, ring: Ring, fetch, multiply, scales, terms: int =
             plgpu.wgmma_wait(0)
             return [acc[...] for acc in accs]
 
-        parts = pl.run_scoped(scope, *[plgpu.ACC((LANES, rows))] * count)
+        parts = pl.run_scoped(scope, *[plgpu.ACC((LANES, rows), products)] * count)
         plgpu.barrier_arrive(ring.empty.at[at])
         for part, scale in zip(parts, scales(values), strict=True):
-            total = total + part * hopper.across(scale, rows)
+            total = total + part.astype(dtype) * hopper.across(scale, rows)
         return total, ahead
 
-    return lax.fori_loop(0, plan.steps, step, (hopper.zeros(rows), fetch(0)))[0]
+    start = hopper.zeros(rows).astype(dtype)
+    return lax.fori_loop(0, plan.steps, step, (start, fetch(0)))[0]
 
 
 def operand(ring: Ring, index: int, place: Place, part):
@@ -265,3 +282,47 @@ def operand(ring: Ring, index: int, place: Place, part):
         return part
     ring.staged[index][place.warpgroup] = part
     return ring.staged[index].at[place.warpgroup]
+
+
+def by_row(plan: Plan, place: Place, ref, dtype=jnp.float32):
+    """What a column in device memory holds for each row of x, over the 64 outputs."""
+    rows = pl.ds(place.batch, plan.tuning.rows)
+    column = hopper.column(ref, rows, 0, plgpu.Layout.WGMMA.reduce(0), dtype)
+    return lax.broadcast_in_dim(column, (LANES, plan.tuning.rows), [1])
+
+
+def by_output(plan: Plan, place: Place, ref):
+    """The same for each output, over the rows of x."""
+    column = hopper.column(ref, pl.ds(place.row, LANES), 0)
+    return hopper.across(column, plan.tuning.rows)
+
+
+def tuned(op: str, shape: tuple[int, ...], usual: bool, default: Callable) -> Tuning:
+    """This device's table for ``op``, where it is ``usual``; else ``default()``."""
+    found = tables.look_up(op, shape) if usual else None
+    return Tuning(**found) if found else default()
+
+
+def filled(
+    tile: int, steps: Sequence[int], shape, size: float, *, wide: bool, sums=True
+) -> Tuning:
+    """Tiles for x of 8 bits that fill the chip and the memory of its processors.
+
+    ``shape`` is (rows, inputs, outputs) and ``size`` the bytes of a weight; the step is
+    the first of ``steps`` whose splits suffice, else the last. A ``wide`` result is
+    float32; a bfloat16 one leaves more room. Rows of a tile are ``tile``, or fewer
+    where copies would not run ahead of the products.
+    """
+    rows, inputs, outputs = shape
+    for step in steps:
+        warpgroups, splits = hopper.spread(rows, tile, outputs, inputs // step)
+        lanes = LANES * warpgroups
+        if -(-rows // tile) * (outputs // lanes) * splits >= hopper.PROCESSORS:
+            break
+    # ``hopper.depth`` counts four bytes for each element of the result.
+    height = tile if wide or splits > 1 else tile // 2
+    stage, count = int((lanes * size + tile) * step), inputs // step // splits
+    stages = hopper.depth(stage, lanes, height, count)
+    if stages == 1 < count and tile > LANES:
+        return filled(tile // 2, steps, shape, size, wide=wide, sums=sums)
+    return Tuning(tile, step, stages, splits, warpgroups, sums)

@@ -11,7 +11,7 @@ import pallas_kernels
 from jaxllm.core.formats import ActivationFormat
 from pallas_kernels.block_sparse_attention import block_index, top_blocks
 from pallas_kernels.block_sparse_attention.reference import listed
-from pallas_kernels.decode_attention import QuantizedCache
+from pallas_kernels.decode_attention import QuantizedCache, gpu, gpu_codes
 from pallas_kernels.flash_attention.cases import projections
 from pallas_kernels.flash_attention.reference import visibility
 from pallas_kernels.flash_attention.tpu import Mask
@@ -183,6 +183,103 @@ class TestKernels:
         )
         assert not got[0].any()
         near(got[1], FLASH(q, k, v)[1, 0])
+
+
+def held(layout, shape):
+    """For each thread of a warpgroup, the elements in its registers, in their order."""
+    layout = layout.to_mgpu()
+    tiled = np.arange(np.prod(shape)).reshape(shape)
+    for tile in layout.tiling.tiles:
+        lead, last = tiled.shape[: -len(tile)], tiled.shape[-len(tile) :]
+        split = [n for size, t in zip(last, tile, strict=True) for n in (size // t, t)]
+        k, axes = len(lead), range(len(lead), len(lead) + 2 * len(tile))
+        order = (*range(k), *axes[::2], *axes[1::2])
+        tiled = tiled.reshape(*lead, *split).transpose(order)
+    dims = (*layout.warp_dims, *layout.lane_dims)
+    sizes = [tiled.shape[d] if isinstance(d, int) else d.times for d in dims]
+    assert np.prod(sizes) == 128
+    found = []
+    for thread in np.ndindex(*sizes):
+        at = [slice(None)] * tiled.ndim
+        for dim, index in zip(dims, thread, strict=True):
+            if isinstance(dim, int):
+                at[dim] = index
+        found.append(tiled[tuple(at)].ravel())
+    return np.stack(found)
+
+
+class Bytes:
+    """The operations of a 32-bit register on the bytes of a Python integer."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __and__(self, mask):
+        return Bytes(self.value & mask)
+
+    def __or__(self, other):
+        return Bytes(self.value | other.value)
+
+    def __rshift__(self, count):
+        return Bytes(self.value >> count)
+
+    def permuted(self, other, select):
+        both = (self.value | other.value << 32).to_bytes(8, "little")
+        chosen = bytes(both[select >> 4 * i & 15] for i in range(4))
+        return Bytes(int.from_bytes(chosen, "little"))
+
+
+class TestCodesOnHopper:
+    """What the interpreter does not see: registers, and zero points of other kinds."""
+
+    @pytest.mark.parametrize("bits", [1, 2, 4, 8])
+    def test_codes_become_floats(self, bits):
+        magic = Bytes(gpu_codes.HALF_1024 * 0x00010001)
+        for word in [*np.random.default_rng(bits).integers(2**32, size=99), 2**32 - 1]:
+            for j, low in enumerate(gpu_codes.lows(bits)):
+                pair = gpu_codes.halves_of(Bytes(int(word)), magic, bits, j).value
+                got = np.array([pair], "<u4").view(np.float16)
+                codes = [int(word) >> s + bits * j & (2**bits - 1) for s in (0, 16)]
+                assert got.tolist() == [1024 + 2**low * code for code in codes]
+
+    @pytest.mark.parametrize("bits", [2, 4, 8])
+    @pytest.mark.parametrize("width", [64, 128, 192, 256])
+    def test_scales_meet_their_channels(self, bits, width):
+        """The registers of a head's scales, cut by place, are those of the queries."""
+        if width * bits % 256:
+            pytest.skip("refused: fewer than 16 words")
+        own = gpu_codes.Channels.of(bits, width)
+        loaded = held(own.whole, (width,)).reshape(128, -1, 2, own.places)
+        words = held(own.row, (own.words,)).reshape(128, -1, 2)
+        queries = held(own.pair, (8, own.words)).reshape(128, -1, 2)
+        assert (queries % own.words == words).all()
+        for j in range(own.places):
+            assert (loaded[..., j] == own.places * words + j).all()
+
+    def test_zero_points_may_be_fractions(self):
+        """As of the models' one bit, whose codes stand for -1/2 and 1/2."""
+        bits = 1
+        keys = jax.random.split(jax.random.key(2), 8)
+        shape = (1, 128, 1, 256 // bits)
+        q = jax.random.normal(keys[0], (1, 2, shape[3]))
+
+        def cache(codes, scale, zero):
+            return QuantizedCache(
+                (jax.random.bits(codes, (*shape[:3], 32), jnp.uint8),),
+                jax.random.uniform(scale, (*shape[:3], 1), minval=0.1, maxval=0.2),
+                jax.random.uniform(zero, (*shape[:3], 1), maxval=2.0**bits),
+                bits,
+            )
+
+        args = q, cache(*keys[1:4]), cache(*keys[4:7]), jnp.array([100])
+        try:
+            got = gpu.decode_attention(
+                *args, interpret=True, tuning=gpu.Tuning(stages=2, splits=2)
+            )
+        except NotImplementedError as reason:
+            pytest.skip(str(reason))
+        want = DECODE(*args)
+        assert jnp.linalg.norm(got - want) < 2e-3 * jnp.linalg.norm(want)
 
 
 @pytest.mark.parametrize(

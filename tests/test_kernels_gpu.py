@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -16,8 +17,14 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import hopper, tuning
+from pallas_kernels import compat, hopper, tuning
+from pallas_kernels.gated_matmul import gpu as gated
+from pallas_kernels.gated_matmul.reference import gated_matmul
+from pallas_kernels.hadamard_quantize import gpu as hadamard
+from pallas_kernels.hadamard_quantize.cases import make as hadamard_inputs
+from pallas_kernels.hadamard_quantize.reference import hadamard_quantize
 from pallas_kernels.nm_matmul import fragments as expansion
+from pallas_kernels.plane_product import fragments as integers
 from pallas_kernels.quantized_matmul import fragments, gpu_plan
 from pallas_kernels.quantized_matmul.cases import NF4
 from pallas_kernels.quantized_matmul.reference import parts
@@ -197,11 +204,90 @@ class TestFragments:
         assert (order[16:] == order[:16] + 16).all()
 
 
+class TestIntegers:
+    """Int8 operands of packed codes, through the instructions that the kernel emits."""
+
+    @pytest.fixture(autouse=True)
+    def add_integers(self, monkeypatch):
+        def affine(word, factor, term):
+            return Word(word.value * (factor.value if factor else 1) + term.value)
+
+        monkeypatch.setattr(integers, "affine", affine)
+
+    @staticmethod
+    def signed(word) -> list[int]:
+        return list(np.array([word.value], "<u4").view(np.int8))
+
+    @pytest.mark.parametrize("bits", range(1, 9))
+    def test_codes_of_several_planes(self, bits):
+        rng, widths = np.random.default_rng(bits), parts(bits)
+        places = 8 // widths[0]
+        for _ in range(100):
+            codes = rng.integers(0, 2**bits, 4 * places)
+            words, above = [], bits
+            for part in widths:
+                above -= part
+                fields = codes >> above & (2**part - 1)
+                packed = sum(int(f) << part * i for i, f in enumerate(fields))
+                words.append(Word(packed))
+            made = integers.centred_words(words, bits)
+            want = (codes - 2 ** (bits - 1)) * 2 ** (8 - bits)
+            got = np.array([self.signed(word) for word in made])
+            assert (got.T.ravel() == want).all()
+
+    @pytest.mark.parametrize("zero", (0, 1, 8, 15))
+    def test_scaled_codes(self, zero):
+        """Every code and scale whose product is an int8, beside any others."""
+        for scale in (*range(1, 20), 63, 127, 0, -1, -8):
+            term = Word((-(zero * scale) & 255) * 0x00010001)
+            for code in range(16):
+                other = 15 - code
+                word = four_bytes(*(code | other << 4, other | code << 4) * 2)
+                low, high = integers.scaled_words(word, Word(scale & 255), term)
+                one, two = ((c - zero) * scale for c in (code, other))
+                for value, found in ((one, 0), (two, 1)):
+                    if -128 <= value <= 127:
+                        assert self.signed(low)[found::2] == [value] * 2
+                        assert self.signed(high)[1 - found :: 2] == [value] * 2
+
+    def test_codes_less_zero_points(self):
+        for zero in (*range(16), 127):
+            term = Word(-zero * 0x01010101)
+            for value in range(256):
+                four = [value, 255 - value, value ^ 0x5A, 7 * value % 256]
+                low, high = integers.shifted_words(four_bytes(*four), term)
+                assert self.signed(low) == [(byte & 15) - zero for byte in four]
+                assert self.signed(high) == [(byte >> 4) - zero for byte in four]
+
+    @pytest.mark.parametrize("count", (1, 2))
+    def test_planes_meet(self, count):
+        """A thread's bytes of a narrow plane are of the inputs that it has anyway."""
+        whole, narrow = (integers.layout(n).to_mgpu() for n in (4, count))
+        assert whole == integers.OUT.to_mgpu()
+        ratio = 4 // count
+        for wide, few in zip(held(whole, 64), held(narrow, 64 // ratio), strict=True):
+            assert (wide[..., ::ratio] // ratio == few).all()
+
+    def test_order_of_x(self):
+        """Operand columns: the first code of every byte, then the second, ..."""
+        order = np.asarray(integers.by_field(jnp.arange(256), 2)).reshape(2, 2, 64)
+        assert (order[0, 0] == np.arange(0, 128, 2)).all()
+        assert (order[1, 1] == np.arange(129, 256, 2)).all()
+
+
 class TestTuning:
     """Default rules stay inside the machine; tables are checked when read."""
 
     @pytest.mark.parametrize(
-        "name", ("nm_matmul", "quantized_matmul", "scaled_matmul", "table_matmul")
+        "name",
+        (
+            "nm_matmul",
+            "plane_product",
+            "quantized_matmul",
+            "scaled_matmul",
+            "table_matmul",
+            "two_level_matmul",
+        ),
     )
     def test_default_fits(self, name):
         op = pallas_kernels.ops()[name]
@@ -211,13 +297,17 @@ class TestTuning:
             if case.tiny:
                 continue
             x, outputs = case.shapes[0], jax.tree.leaves(case.shapes[1])[0].shape[0]
-            block = case.options["block"] or x.shape[1]
+            block = case.options.get("block") or x.shape[1]
             if name == "nm_matmul":
                 stored = jax.tree.leaves(case.shapes[2])[0]
                 size = stored.dtype.itemsize * stored.shape[1] / x.shape[1]
                 last = block, size
             elif name == "scaled_matmul":
                 last = block, x.dtype
+            elif name == "two_level_matmul":
+                last = (block,)
+            elif name == "plane_product":
+                last = (case.options["bits"],)
             else:
                 last = case.options["bits"], block
             made = module.default_tuning(*x.shape, outputs, *last)
@@ -298,6 +388,11 @@ PACKED = {
     ),
     "nm_matmul": ("llama3-8b/o/2of4-float/m1", "llama3-8b/o/2of4-w4-g128/m1"),
     "table_matmul": ("llama3-8b/o/table4-channel/m1", "llama3-8b/o/table4-g128/m256"),
+    "two_level_matmul": (
+        "llama3-8b/o/w4a8-g128-asym/m16",
+        "llama3-8b/gate_up/w4a8-g128-asym/m1",
+    ),
+    "plane_product": ("llama3-8b/gate_up/w3a8/m1", "llama3-8b/gate_up/w4a8/m16"),
 }
 
 
@@ -310,7 +405,7 @@ def test_no_dense_weight_and_no_copy_of_planes(op):
         outputs = 4096 if "/o/" in name else 28672
         weight = outputs * 4096
         for line in text.splitlines():
-            made = re.search(r"= (bf16|f16|f32|u8|u32)\[([\d,]+)\]", line)
+            made = re.search(r"= (bf16|f16|f32|s8|s32|u8|u32)\[([\d,]+)\]", line)
             if made is None or re.search(r"\b(parameter|bitcast)\(", line):
                 continue
             size = np.prod([int(n) for n in made[2].split(",")])
@@ -378,7 +473,8 @@ def test_tuner_offers_possible_tiles():
 import sys
 sys.path.insert(0, {str(BENCHMARK)!r})
 import tune, pallas_kernels
-for name in ("quantized_matmul", "scaled_matmul", "table_matmul"):
+names = "plane_product", "quantized_matmul", "scaled_matmul", "table_matmul"
+for name in (*names, "two_level_matmul"):
     op = pallas_kernels.ops()[name]
     for case in op.cases:
         of = None if case.tiny else tune.subject(op, case)
@@ -399,3 +495,71 @@ print("done")
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
     assert run.returncode == 0 and "done" in run.stdout, run.stderr[-2000:]
+
+
+@pytest.mark.skipif(compat.VERSION < (0, 11), reason="jax 0.10 has no interpreter")
+class TestBfloat16:
+    """What tiny cases, all of float32, leave out: exact operands, rings that wrap."""
+
+    @pytest.mark.parametrize(
+        ("a", "b", "bits", "clip", "unit", "tuned"),
+        [
+            (72, 64, 8, 1.0, 1.0, hadamard.Tuning(2, blocks=1)),
+            (16, 128, 4, 0.9, 1e-20, hadamard.Tuning(1, terms=2, blocks=1)),
+        ],
+        ids=["int8", "int4"],
+    )
+    def test_codes(self, a, b, bits, clip, unit, tuned):
+        """Several tokens a team, one of zeros; a factor beyond float16's range."""
+        sizes = dict(rows=5, width=a * b, a=a, b=b, dtype=jnp.bfloat16)
+        x, left, right = hadamard_inputs(jax.random.key(3), **sizes)
+        x, right = x.at[1].set(0), (right * unit).astype(jnp.bfloat16)
+        options = dict(bits=bits, clip=clip)
+        codes, scale = hadamard.hadamard_quantize(
+            x, left, right, interpret=True, tuning=tuned, **options
+        )
+        wanted, by = hadamard_quantize(x, left, right, **options)
+        exact = tuned.terms > 1
+        np.testing.assert_allclose(scale, by, rtol=1e-5 if exact else 1e-3)
+        assert codes.dtype == wanted.dtype
+        codes, wanted = (np.asarray(c).astype(int) for c in (codes, wanted))
+        if bits == 4:
+            codes, wanted = (np.stack((c & 15, c >> 4)) for c in (codes, wanted))
+        gap = np.abs(codes - wanted)
+        assert gap.max() <= 1
+        assert (gap > 0).mean() <= (1e-3 if exact else 0.01)
+
+    @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float32))
+    def test_listed_blocks(self, dtype):
+        keys, block = jax.random.split(jax.random.key(5), 3), 128
+        x = jax.random.normal(keys[0], (3, 8 * block), jnp.bfloat16)
+        w = jax.random.normal(keys[1], (8 * block, 128)).astype(dtype)
+        index = jax.random.permutation(keys[2], 8).astype(jnp.int32)
+        args, options = (x, w, index, jnp.int32(5)), dict(block=block)
+        tuned = gated.Tuning(8, 64, stages=2, splits=3)
+        got = gated.gated_matmul(*args, interpret=True, tuning=tuned, **options)
+        want = gated_matmul(x.astype(jnp.float32), *args[1:], **options)
+        assert got.dtype == jnp.bfloat16
+        error = np.linalg.norm(got.astype(jnp.float32) - want)
+        assert error <= 5e-3 * np.linalg.norm(want)
+
+
+def test_rings_fit_in_shared_memory():
+    """Whatever the sizes, and with two tiles on their way where that is possible."""
+    sizes = (1, 20, 40, 100, 256, 512), (64, 4096, 28672), (0, 1, 2), (64, 128, 192)
+    for rows, outputs, terms, block in itertools.product(*sizes):
+        made = gated.default_tuning(rows, 32, outputs, block, terms)
+        lanes = 64 * made.warpgroups
+        stage = made.inputs * (2 * made.rows + (4 if terms else 2) * lanes)
+        rest = 2 * terms * made.inputs * lanes + 4 * lanes * made.rows
+        assert made.stages * stage + rest <= hopper.SHARED - 2048
+        assert block % made.inputs == 0
+        assert made.stages > 1
+    for a in (16, 32, 112, 128, 160, 192):
+        for rows in (1, 16, 2048):
+            plan = hadamard.Plan(rows, a, a, 128, 8, 1.0, False, hadamard.Tuning(1))
+            made = hadamard.default_tuning(plan, 1, hopper.PROCESSORS)
+            full = plan._replace(tuning=made)
+            assert full.bytes <= hopper.SHARED - hopper.RESERVED
+            assert full.warpgroups <= 4, "128 registers a thread hold T and Y"
+            assert rows > 132 or made.teams == 1

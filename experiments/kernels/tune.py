@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,13 +23,12 @@ import numpy as np
 import timing
 
 import pallas_kernels
-from pallas_kernels import quantized_matmul, scaled_matmul, table_matmul, tuning
+from pallas_kernels import tuning
 
 GAIN = 0.97  # of the default's time that a candidate must stay below
-CODES = {
-    "quantized_matmul": quantized_matmul.gpu,
-    "table_matmul": table_matmul.gpu,
-}
+CODES = "quantized_matmul", "table_matmul"  # their tables tell bits and blocks
+BOTH_SUMS = *CODES, "two_level_matmul"  # scales act on sums, or on weights
+INTEGERS = "plane_product", "scaled_matmul", "two_level_matmul"
 FOLDER = Path(tuning.__file__).parent / "tuning"
 
 
@@ -41,27 +41,30 @@ class Subject:
     default: object
     run: object
     case: object
+    block: int
 
 
 def subject(op, case) -> Subject | None:
     """What there is to tune about a case, or None."""
-    x = case.shapes[0]
+    x, options = case.shapes[0], case.options
     rows, inputs = x.shape
     outputs = jax.tree.leaves(case.shapes[1])[0].shape[0]
-    block = case.options["block"] or inputs
+    block, bits = options.get("block") or inputs, options.get("bits")
+    module = sys.modules[f"pallas_kernels.{op.name}.gpu"]
+    name, last, kinds = op.name, (block,), ()
+    run = getattr(module, op.name)
     if op.name in CODES:
-        module, name = CODES[op.name], op.name
-        shape = (rows, inputs, outputs, case.options["bits"], block)
-        rule = lambda: module.default_tuning(*shape)  # noqa: E731
+        last = bits, block
         run = lambda *a, **o: getattr(module, name)(*a[:4], **o)  # noqa: E731
-    else:
-        module, name = scaled_matmul.gpu, f"{op.name}-{x.dtype}"
-        shape = (rows, inputs, outputs, block)
-        rule = lambda: module.default_tuning(*shape, x.dtype)  # noqa: E731
-        run = module.scaled_matmul
-    if op.missing("gpu", *case.shapes, **case.options):
+    elif op.name == "scaled_matmul":
+        name, kinds = f"{op.name}-{x.dtype}", (x.dtype,)
+    elif op.name == "plane_product":
+        last = (bits,)
+    shape = rows, inputs, outputs, *last
+    if op.missing("gpu", *case.shapes, **options):
         return None
-    return Subject(name, shape, rule(), run, case)
+    default = module.default_tuning(*shape, *kinds)
+    return Subject(name, shape, default, run, case, block)
 
 
 def candidates(of: Subject) -> list:
@@ -75,8 +78,8 @@ def candidates(of: Subject) -> list:
         "splits": [1, 2, 4, 8],
         "warpgroups": [w for w in (1, 2) if of.shape[2] % (64 * w) == 0],
     }
-    if hasattr(start, "sums"):
-        choices["sums"] = [start.sums] if of.shape[0] > 64 else [True, False]
+    if of.table in BOTH_SUMS and of.shape[0] <= 64:
+        choices["sums"] = [True, False]
     made = [
         dataclasses.replace(start, **dict(zip(choices, values, strict=True)))
         for values in itertools.product(*choices.values())
@@ -86,11 +89,11 @@ def candidates(of: Subject) -> list:
 
 def _possible(of: Subject, t) -> bool:
     """The steps come out even, and shared memory suffices by a rough count."""
-    inputs, block = of.shape[1], of.shape[-1]
+    inputs, block = of.shape[1], of.block
     even = t.inputs and inputs % (t.inputs * t.splits) == 0
     aligned = even and (t.inputs % block == 0 or block % t.inputs == 0)
     steps = inputs // (t.inputs * t.splits) if even else 0
-    wide = 2 if hasattr(t, "sums") else 1
+    wide = of.case.shapes[0].dtype.itemsize
     stage = t.inputs * (wide * t.rows + 64 * t.warpgroups)
     return aligned and 2 <= t.stages <= steps and t.stages * stage < 220 * 2**10
 
@@ -149,7 +152,7 @@ def main() -> None:
     path = FOLDER / f"{tuning.slug(jax.devices()[0].device_kind)}.json"
     table = json.loads(path.read_text()) if path.exists() else {}
     until = time.monotonic() + 60 * options.minutes
-    for name in (*CODES, "scaled_matmul"):
+    for name in (*CODES, *INTEGERS):
         op = pallas_kernels.ops()[name]
         for case in op.cases:
             if case.tiny or options.only not in f"{name}/{case.name}":

@@ -11,7 +11,7 @@ from pallas_kernels.quantized_matmul.reference import parts
 from pallas_kernels.shapes import LLAMA3_8B_HEADS, QWEN25_7B_HEADS, TINY_HEADS
 
 # Slots and channels that share a scale.
-PER_TOKEN, PER_BLOCK, PER_CHANNEL = (1, None), (1, 32), (32, 1)
+PER_TOKEN, PER_BLOCK, PER_CHANNEL, LONG = (1, None), (1, 32), (32, 1), (128, 1)
 
 
 def quantized(key, shape, bits: int, shared, dtype) -> QuantizedCache:
@@ -48,7 +48,7 @@ def make(key, *, heads, batch, slots, page, bits, key_scales, sinks, dtype):
         values = jax.random.normal(v_key, shape, dtype)
     else:
         keys = quantized(k_key, shape, bits, key_scales, jnp.bfloat16)
-        shared = PER_TOKEN if key_scales == PER_CHANNEL else key_scales
+        shared = PER_TOKEN if key_scales[0] > 1 else key_scales
         values = quantized(v_key, shape, bits, shared, jnp.bfloat16)
     logits = jax.random.normal(key, (heads.queries,), dtype) if sinks else None
     return q, keys, values, lengths, pages, logits
@@ -76,6 +76,10 @@ def _tiny():
     yield case("int4-blocks", heads, 128, bits=4, key_scales=PER_BLOCK)
     yield case("kivi4", heads, 128, batch=2, bits=4, key_scales=PER_CHANNEL)
     yield case("paged-int8", heads, 128, batch=2, page=32, bits=8)
+    kivi = dict(key_scales=PER_CHANNEL)
+    yield case("kivi8-window-sums", heads, 224, bits=8, window=70, sums=True, **kivi)
+    yield case("paged-kivi4", heads, 128, batch=2, page=32, bits=4, **kivi)
+    yield case("kivi4-long", heads, 256, batch=2, bits=4, key_scales=LONG)
 
 
 def _real():
@@ -85,14 +89,18 @@ def _real():
         yield case(f"dense/{name}", llama, length)
         yield case(f"int8/{name}", llama, length, bits=8)
         yield case(f"int4/{name}", llama, length, bits=4)
-    yield case("kivi4/128k", llama, 131072, bits=4, key_scales=PER_CHANNEL)
+        yield case(f"kivi8/{name}", llama, length, bits=8, key_scales=PER_CHANNEL)
+        yield case(f"kivi4/{name}", llama, length, bits=4, key_scales=PER_CHANNEL)
     yield case("dense/32k/b8", llama, 32768, batch=8)
     yield case("sums/32k", llama, 32768, sums=True)
     yield case("window4k/32k", llama, 32768, window=4096)
     yield case("int4-blocks/32k", llama, 32768, bits=4, key_scales=PER_BLOCK)
     yield case("kivi2/32k", llama, 32768, bits=2, key_scales=PER_CHANNEL)
+    yield case("kivi4-long/32k", llama, 32768, bits=4, key_scales=LONG)
     yield case("paged64/32k/b8", llama, 32768, batch=8, page=64)
     yield case("paged64-int8/32k/b8", llama, 32768, batch=8, page=64, bits=8)
+    shared = dict(batch=8, page=64, bits=4, key_scales=PER_CHANNEL)
+    yield case("paged64-kivi4/32k/b8", llama, 32768, **shared)
     yield case("dense/32k", QWEN25_7B_HEADS, 32768)
 
 

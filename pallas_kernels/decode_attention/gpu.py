@@ -1,16 +1,23 @@
 """Decode attention on Hopper: one query a sequence, the cache split over the machine.
 
 A thread block is one warpgroup; it reads a share of one key head's slots, 64 a step,
-through a ring of TMA copies, and two of them fit a multiprocessor. Products are taken
-transposed, s^T = k q^T and o^T = v^T p^T: the 64 slots fill the tensor core's rows
-and the query heads of a group its columns, of which 8 are enough (one query against
-64 padded rows would spend 8 to 16 times the exponentials). Codes become float16
-(exact: at most 8 bits, less their zero) in shared memory; scales per slot multiply
-scores and probabilities. Codes at the same place of two bytes are neighbours there,
-so q is permuted to match and the result back. Shares are merged outside (Flash
-Decoding). Where column sums are asked for, the kernel leaves its scores behind (32
-bytes a slot beside some hundreds read), which become probabilities when all shares'
-peaks and totals are known.
+through a ring of TMA copies, and two or three of them fit a multiprocessor. Products
+are taken transposed, s^T = k q^T and o^T = v^T p^T: the 64 slots fill the tensor core's
+rows and the query heads of a group its columns, of which 8 are enough (one query
+against 64 padded rows would spend 8 to 16 times the exponentials). Shares are merged
+outside (Flash Decoding). Where column sums are asked for, the kernel leaves its scores
+behind (32 bytes a slot beside some hundreds read), which become probabilities when all
+shares' peaks and totals are known.
+
+Codes become float16 less their middle (exact), keys in the registers that the tensor
+core takes as its left operand and values, which it needs transposed, in shared memory.
+Scales are never spread over codes:
+* of a slot: they multiply its scores, or its probabilities. With several blocks of
+  channels there are as many copies of the queries, zero outside their block, and of
+  the probabilities, side by side in the columns of one product.
+* of a channel, for a block of slots (KIVI, arXiv:2402.02750): they multiply the queries
+  of that block, in registers, when its scales arrive with its codes. The sums over
+  zero points ride along as further elements that meet ones.
 """
 
 from __future__ import annotations
@@ -19,24 +26,23 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import compat
 from pallas_kernels import online_softmax as online
+from pallas_kernels.decode_attention import gpu_codes
+from pallas_kernels.decode_attention.gpu_kernel import kernel
 from pallas_kernels.decode_attention.gpu_plan import (
+    STATISTICS,
     TILE,
     Plan,
     Tuning,
     check_served,
-    default_tuning,
+    codes_of,
 )
-from pallas_kernels.decode_attention.reference import QuantizedCache, check
-from pallas_kernels.online_softmax import LOG2E, LOWEST
+from pallas_kernels.decode_attention.reference import check, gathered
+from pallas_kernels.online_softmax import LOG2E
 
-STATISTICS = 16  # rows below the output: peak, total, padding to whole copies
-HALF_1024 = 0x6400  # the bits of float16 1024; its low 10 bits count units of one
+ROOM = 2.0**4  # centres float16's range on queries times scales
 
 
 def decode_attention(
@@ -56,8 +62,10 @@ def decode_attention(
 ):
     """See the reference. Caches in q's 16-bit dtype, or codes of 8, 4, 2 or 1 bits.
 
-    Quantized caches have a scale (and zero) per slot. Shares of empty or short
-    sequences cost nothing.
+    Scales (and zeros) are per slot, or per slot and block of channels; of keys also
+    per channel of so many slots. Those are multiplied in float16 into queries that are
+    at most 1: of a scale above 4000 the result is not finite, and below 1e-6 it loses
+    digits. Shares of empty or short sequences cost nothing.
     """
     check(q, keys, values, lengths, pages, window)
     check_served(q, keys, values, pages, interpret)
@@ -65,15 +73,20 @@ def decode_attention(
     groups = keys.shape[2]
     page = None if pages is None else keys.shape[1]
     slots = keys.shape[1] if pages is None else pages.shape[1] * page
-    bits = [a.bits if isinstance(a, QuantizedCache) else None for a in (keys, values)]
+    columns = -(-heads // groups // 8) * 8
     plan = Plan(
-        tuning or default_tuning(batch * groups, slots, width, bits),
-        width, page, *bits, soft_cap, window, sums, interpret,
+        width, columns, page, codes_of(keys), codes_of(values), soft_cap, window, sums,
+        interpret,
     )  # fmt: skip
+    tuning = tuning or plan.default_tuning(batch * groups, slots)
     scale = width**-0.5 if scale is None else scale
-    queries, factor = _queries(plan, q.reshape(batch, groups, -1, width), scale)
+    inputs = _queries(plan, q.reshape(batch, groups, -1, width), scale)
+    inputs["lengths"] = lengths
+    if pages is not None:
+        inputs["pages"] = pages.astype(jnp.int32)
+    inputs |= _cache("k", plan, keys, pages) | _cache("v", plan, values, pages)
     with online.running(interpret):
-        shares, *scores = _call(plan, queries, factor, lengths, pages, keys, values)
+        shares, *scores = _call(plan, tuning, inputs, slots)
     out, logs = _merge(plan, shares, sinks, heads // groups)
     out = out.reshape(q.shape).astype(q.dtype)
     if not sums:
@@ -81,24 +94,56 @@ def decode_attention(
     return out, _column_sums(scores[0][:, :, :slots], logs, lengths, window)
 
 
-def _queries(plan: Plan, q, scale: float):
-    """q [batch, groups, columns, width] for the kernel, and what its scores lack.
+def _queries(plan: Plan, q, scale: float) -> dict:
+    """q [batch, groups, heads, width] for the kernel, and what its scores lack.
 
-    For codes it is float16 with a power of two taken out, permuted as the codes are.
+    For codes it has a power of two taken out and the order of the codes. ``less`` is
+    what the floats of codes give too much, ``whole`` the sums over the channels of each
+    block, for zero points.
     """
-    factor = jnp.ones((*q.shape[:3], 1), jnp.float32)
-    if plan.key_bits is not None:
-        wide = q.astype(jnp.float32)
-        largest = jnp.abs(wide).max(-1, keepdims=True)
+    columns = ((0, 0), (0, 0), (0, plan.columns - q.shape[2]))
+    factor, form, out = jnp.ones(q.shape[:3], jnp.float32), plan.keys, {}
+    if form is not None:
+        largest = jnp.abs(q.astype(jnp.float32)).max(-1)
         factor = jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(largest, 2.0**-60))))
-        per = 16 // plan.key_bits
-        q = (wide / factor).reshape(*q.shape[:3], -1, per).swapaxes(-1, -2)
-        q = (q * _digits(plan.key_bits)).reshape(wide.shape).astype(jnp.float16)
+        q = gpu_codes.in_order(q.astype(jnp.float32) / factor[..., None], form.bits)
+        worth = gpu_codes.worth(form.bits)
+        q = jnp.pad(q * worth, (*columns, (0, 0), (0, 0)))
+        if plan.channels:
+            q, factor = q * ROOM, factor / ROOM
+        else:
+            q = q.astype(jnp.float16)
+            block = jnp.arange(form.blocks)[:, None]
+            own = jnp.arange(q.shape[-1])[None] * form.blocks // q.shape[-1] == block
+            q = q[:, :, None] * own[:, None, None].astype(q.dtype)
+            wide, middle = q.astype(jnp.float32), 0 if form.zeros else form.middle
+            out["less"] = (wide * (1024.0 + middle / worth)).sum((-1, -2))
+            if form.zeros:
+                out["whole"] = (wide / worth).sum((-1, -2))
+        q = q.reshape(*q.shape[:2], -1, plan.width)
+    else:
+        q = jnp.pad(q, (*columns, (0, 0)))
     unit = LOG2E if plan.soft_cap is None else 1.0 / plan.soft_cap
-    columns = (0, -q.shape[2] % 8)
-    q = jnp.pad(q, ((0, 0), (0, 0), columns, (0, 0)))
-    factor = factor[..., 0] * (scale * unit)
-    return q, jnp.pad(factor, ((0, 0), (0, 0), columns))
+    return {"q": q, "factor": jnp.pad(factor * (scale * unit), columns), **out}
+
+
+def _cache(name: str, plan: Plan, cache, pages) -> dict:
+    """The arrays of a cache; scales per slot in whole tiles that can be read alone."""
+    form = codes_of(cache)
+    if form is None:
+        return {name: cache}
+    out = {name: gpu_codes.words(cache.codes), f"{name}_scale": cache.scale}
+    if form.zeros:
+        out[f"{name}_zero"] = cache.zero
+    for key in (f"{name}_scale", f"{name}_zero"):
+        if key in out and form.per_channel:
+            if plan.width * out[key].dtype.itemsize % 128:  # the least that is copied
+                out[key] = out[key].astype(jnp.bfloat16)
+        elif key in out:
+            each = gathered(out[key], pages) if plan.gathered else out[key]
+            short = -each.shape[1] % TILE
+            out[key] = jnp.pad(each, ((0, 0), (0, short), (0, 0), (0, 0)))
+    return out
 
 
 def _merge(plan: Plan, shares, sinks, heads: int):
@@ -116,14 +161,19 @@ def _merge(plan: Plan, shares, sinks, heads: int):
     total = (total * weight).sum(2)
     if sinks is not None:
         total = total + jnp.exp2(logits - top)
-    out = (acc * weight[..., None]).sum(2)
     total = jnp.where(total == 0.0, 1.0, total)
-    out, logs = out / total[..., None], top + jnp.log2(total)
-    if plan.value_bits is None:
-        return out, logs
-    per = 16 // plan.value_bits
-    parts = out.reshape(*out.shape[:3], per, -1) * _digits(plan.value_bits)
-    return parts.swapaxes(-1, -2).reshape(out.shape), logs
+    logs, weight = top + jnp.log2(total), weight[..., None]
+    out, form = (acc * weight).sum(2), plan.values
+    if form is not None:
+        parts = out.reshape(*out.shape[:3], form.places, -1)
+        parts = parts * gpu_codes.worth(form.bits)
+        out = parts.swapaxes(-1, -2).reshape(out.shape)
+        if form.zeros:
+            first = plan.width + 2
+            shift = shares[..., first : first + form.blocks]
+            shift = (shift * weight).sum(2)
+            out = out - jnp.repeat(shift, plan.width // form.blocks, -1)
+    return out / total[..., None], logs
 
 
 def _column_sums(scores, logs, lengths, window: int | None):
@@ -139,227 +189,52 @@ def _column_sums(scores, logs, lengths, window: int | None):
     )
 
 
-def _digits(bits: int):
-    """[digits of two bytes, 1]: what makes up for the place of each in its byte."""
-    return 2.0 ** -(bits * jnp.arange(16.0 // bits)[:, None] % 8)
-
-
-def _call(plan: Plan, q, factor, lengths, pages, keys, values):
+def _call(plan: Plan, tuning: Tuning, inputs: dict, slots: int):
     """[batch, groups, splits, width + STATISTICS, columns] in float32.
 
     With sums also the scores [batch, groups, slots in whole tiles, columns].
     """
-    batch, groups, columns, width = q.shape
-    operands = {"q": q, "factor": factor, "lengths": lengths}
-    if pages is not None:
-        operands["pages"] = pages.astype(jnp.int32)
-    stages, staged = plan.tuning.stages, {}
-    swizzles = []
-    for name, cache in (("k", keys), ("v", values)):
-        codes = isinstance(cache, QuantizedCache)
-        tile = _words(cache.codes) if codes else cache
-        operands[name] = tile
-        staged[f"{name}_s"] = online.tiles((stages, TILE, tile.shape[3]), tile.dtype)
-        swizzles.append(min(128, 2 * tile.shape[3]) if codes else 128)
-        if codes:
-            operands[f"{name}_scale"] = cache.scale
-            if cache.zero is not None:
-                operands[f"{name}_zero"] = cache.zero
-            staged[f"{name}_d"] = online.tiles((TILE, width), jnp.float16, swizzles[-1])
-    half = jnp.float16 if plan.value_bits else values.dtype
-    shapes = [(plan.tuning.splits, width + STATISTICS, columns)]
+    batch, groups = inputs["q"].shape[:2]
+    columns, staged = plan.columns, {}
+    for name, (rows, _) in plan.ring.items():
+        array = inputs[name]
+        memory = online.tiles if name in "kv" else plgpu.SMEM
+        shape = tuning.stages, rows, array.shape[3]
+        staged[f"{name}_s"] = memory(shape, array.dtype)
+    swizzle = {
+        name: 128 if form is None else min(128, 2 * inputs[name].shape[3])
+        for name, form in (("k", plan.keys), ("v", plan.values))
+    }
+    halves = [inputs["k"].dtype, inputs["v"].dtype]
+    for i, form in enumerate((plan.keys, plan.values)):
+        halves[i] = jnp.float16 if form is not None else halves[i]
+    if plan.values is not None:
+        shape = (TILE, plan.width)
+        staged["v_d"] = online.tiles(shape, jnp.float16, swizzle["v"])
+    if plan.keys is not None and plan.interpret:
+        staged["k_d"] = plgpu.SMEM((TILE, plan.depth), jnp.float16)
+    shapes = [(tuning.splits, plan.width + STATISTICS, columns)]
     if plan.sums:
-        slots = keys.shape[1] if pages is None else pages.shape[1] * plan.page
         shapes.append((-(-slots // TILE) * TILE, columns))
         staged["s_s"] = plgpu.SMEM((TILE, columns), jnp.float32)
+    queries = (plan.products * columns, plan.depth)
     return plgpu.kernel(
-        functools.partial(_kernel, plan, tuple(operands)),
+        functools.partial(kernel, plan, tuning, tuple(inputs)),
         out_type=tuple(
             jax.ShapeDtypeStruct((batch, groups, *shape), jnp.float32)
             for shape in shapes
         ),
-        grid=(groups, plan.tuning.splits, batch),
+        grid=(groups, tuning.splits, batch),
         grid_names=("group", "split", "batch"),
         scratch_types={
             **staged,
-            "q_s": online.tiles((columns, width), q.dtype, swizzles[0]),
-            "p_s": online.tiles((columns, TILE), half, swizzles[1]),
-            "o_s": plgpu.SMEM((width + STATISTICS, columns), jnp.float32),
+            "q_s": online.tiles(queries, halves[0], swizzle["k"]),
+            "p_s": online.tiles((plan.mixes * columns, TILE), halves[1], swizzle["v"]),
+            "o_s": plgpu.SMEM((plan.width + STATISTICS, columns), jnp.float32),
             "q_full": plgpu.Barrier(),
-            "full": plgpu.Barrier(num_arrivals=2 * plan.copies, num_barriers=stages),
+            "full": plgpu.Barrier(
+                num_arrivals=len(plan.ring) * plan.copies, num_barriers=tuning.stages
+            ),
         },
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*operands.values())
-
-
-def _kernel(plan: Plan, names, *refs, q_s, p_s, o_s, q_full, full, **staged):
-    """One share of the slots of one sequence and key head."""
-    ins = dict(zip(names, refs, strict=False))
-    out, *left = refs[len(names) :]
-    batch, group, split = (lax.axis_index(a) for a in ("batch", "group", "split"))
-    stages, columns = plan.tuning.stages, q_s.shape[0]
-    length = ins["lengths"][batch]
-    begin, steps = _share(plan, length, split)
-    plgpu.copy_gmem_to_smem(ins["q"].at[batch, group], q_s, q_full)
-    factor = compat.load(
-        ins["factor"].at[batch, group], plgpu.Layout.WGMMA.reduce(0), optimized=False
-    )
-    place = functools.partial(_place, plan, ins, batch, begin, steps)
-    fetch = functools.partial(_fetch, plan, ins, staged, full, group)
-    side = functools.partial(_side, ins, group)
-    for i in range(stages):
-        pl.when(i < steps)(lambda i=i: fetch(i, place(i)))
-    plgpu.barrier_wait(q_full)
-
-    def step(i, carry):
-        (acc, peak, totals), ahead, sides = carry
-        at = lax.rem(i, stages)
-        plgpu.barrier_wait(full.at[at])
-        s = online.scores((_tile("k", plan.key_bits, staged, at, sides),), (q_s,))
-        s = _logits(plan, s, sides, factor, begin + i, length)
-        if plan.sums:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            staged["s_s"][...] = s
-        new = jnp.maximum(peak, s.max(axis=0))
-        p, alpha = jnp.exp2(s - _across(new, s.shape)), jnp.exp2(peak - new)
-        totals = totals * _across(alpha, s.shape) + p
-        if "v_scale" in sides:
-            p = p * online.rows_to(sides["v_scale"], p.shape)
-        compat.transposed(p_s)[...] = plgpu.layout_cast(
-            p.astype(p_s.dtype), plgpu.Layout.WGMMA_TRANSPOSED
-        )
-        plgpu.commit_smem()
-        if plan.sums:
-            here = left[0].at[batch, group, pl.ds((begin + i) * TILE, TILE)]
-            plgpu.copy_smem_to_gmem(staged["s_s"], here)
-        v = _tile("v", plan.value_bits, staged, at, sides)
-        acc = acc * _across(alpha, acc.shape)
-        acc = online.accumulate(
-            acc, compat.transposed(v), compat.transposed(p_s), plan.interpret
-        )
-        pl.when(i + stages < steps)(lambda: fetch(i + stages, ahead))
-        return (acc, new, totals), place(i + stages + 1), side(place(i + 1))
-
-    carry = _start(plan, columns), place(stages), side(place(0))
-    (acc, peak, totals), _, _ = lax.fori_loop(0, steps, step, carry)
-    o_s[pl.ds(0, plan.width)] = acc
-    o_s[plan.width] = peak
-    o_s[plan.width + 1] = totals.sum(axis=0)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(o_s, out.at[batch, group, split])
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _across(values, shape):
-    """One value per column, down the rows."""
-    return lax.broadcast_in_dim(values, shape, [1])
-
-
-def _start(plan: Plan, columns: int):
-    """Empty sums [width, columns], peaks [columns], totals by slot [TILE, columns]."""
-    wide, narrow = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(0)
-    acc = plgpu.layout_cast(jnp.zeros((plan.width, columns), jnp.float32), wide)
-    peak = plgpu.layout_cast(jnp.full((columns,), LOWEST, jnp.float32), narrow)
-    return acc, peak, plgpu.layout_cast(jnp.zeros((TILE, columns), jnp.float32), wide)
-
-
-def _share(plan: Plan, length, split):
-    """The first tile of this share and how many tiles it has."""
-    last = lax.div(length + (TILE - 1), TILE)
-    first = jnp.int32(0)
-    if plan.window is not None:
-        first = lax.div(jnp.maximum(length - plan.window, 0), TILE)
-    splits = plan.tuning.splits
-    each = lax.div(last - first + (splits - 1), splits)
-    begin = first + split * each
-    return begin, jnp.maximum(jnp.minimum(each, last - begin), 0)
-
-
-def _place(plan: Plan, ins, batch, begin, steps, i):
-    """Where a step's slots are: cache rows, and the tile within them.
-
-    Read ahead of its use; past the end it repeats the last step, or the first.
-    """
-    tile = begin + jnp.maximum(jnp.minimum(i, steps - 1), 0)
-    if plan.page is None:
-        return (batch,), tile
-    table = ins["pages"]
-    if plan.page >= TILE:
-        per = plan.page // TILE
-        at = jnp.minimum(lax.div(tile, per), table.shape[1] - 1)
-        return (table[batch, at],), lax.rem(tile, per)
-    ids = [jnp.minimum(tile * plan.copies + j, table.shape[1] - 1)
-           for j in range(plan.copies)]  # fmt: skip
-    return tuple(table[batch, i] for i in ids), jnp.int32(0)
-
-
-def _fetch(plan: Plan, ins, staged, full, group, i, place):
-    """Start the copies of a step's keys and values."""
-    rows, tile = place
-    at, size = lax.rem(i, plan.tuning.stages), TILE // plan.copies
-    for name in "kv":
-        for j, row in enumerate(rows):
-            source = ins[name].at[row, pl.ds(tile * TILE, size), group]
-            target = staged[f"{name}_s"].at[at, pl.ds(j * size, size)]
-            plgpu.copy_gmem_to_smem(source, target, full.at[at])
-
-
-def _side(ins, group, place):
-    """A step's scales and zeros, one per slot, in registers and float32."""
-    (row, *_), tile = place
-    slots = pl.ds(tile * TILE, TILE)
-    return {
-        name: compat.load(
-            ref.at[row, slots, group, 0], plgpu.Layout.WGMMA.reduce(1), optimized=False
-        ).astype(jnp.float32)
-        for name, ref in ins.items()
-        if name.endswith(("_scale", "_zero"))
-    }
-
-
-def _tile(name: str, bits: int | None, staged, at, sides):
-    """A step's keys or values [TILE, width] in shared memory, ready for wgmma.
-
-    A digit stays in its place of the byte, so it counts 2^place times.
-    """
-    tile = staged[f"{name}_s"].at[at]
-    if bits is None:
-        return tile
-    dense, words = staged[f"{name}_d"], tile.shape[1]
-    codes = compat.load(tile, plgpu.Layout.WGMMA)
-    zero = sides.get(f"{name}_zero", float(2 ** (bits - 1)))
-    for j in range(16 // bits):
-        if j * bits == 8:
-            codes = lax.shift_right_logical(codes, jnp.full_like(codes, 8))
-        place = j * bits % 8
-        digit = codes & jnp.uint16((2**bits - 1) << place)
-        value = lax.bitcast_convert_type(digit | jnp.uint16(HALF_1024), jnp.float16)
-        less = zero * 2.0**place + 1024.0
-        if isinstance(less, float):
-            value = value - jnp.float16(less)
-        else:
-            value = value - online.rows_to(less.astype(jnp.float16), value.shape)
-        dense[:, pl.ds(j * words, words)] = value
-    plgpu.commit_smem()
-    return dense
-
-
-def _words(planes):
-    """Codes two bytes at a time, [..., width bits / 16]; moves nothing."""
-    (plane,) = planes
-    return lax.bitcast_convert_type(plane.reshape(*plane.shape[:-1], -1, 2), jnp.uint16)
-
-
-def _logits(plan: Plan, s, sides, factor, tile, length):
-    """Scores [TILE, columns] in units of log 2; -inf for slots that are not seen."""
-    if "k_scale" in sides:
-        s = s * online.rows_to(sides["k_scale"], s.shape)
-    s = s * _across(factor, s.shape)
-    if plan.soft_cap is not None:
-        s = jnp.tanh(s) * (plan.soft_cap * LOG2E)
-    slot = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=plgpu.Layout.WGMMA)
-    slot = slot + tile * TILE
-    seen = slot < length
-    if plan.window is not None:
-        seen = seen & (slot >= length - plan.window)
-    return jnp.where(seen, s, -jnp.inf)
+    )(*inputs.values())

@@ -21,10 +21,13 @@ def make(key, *, rows: int, linear: Linear, bits: int):
     return x, planes, x_scale, w_scale * (inputs**-0.5 / (20 * 2**bits))
 
 
-def case(linear, rows, bits):
+def case(linear, rows, bits, offset: int | None = None):
     """One case; its name says everything that its inputs depend on."""
     inputs = dict(rows=rows, bits=bits)
-    return integer_case(linear, f"w{bits}a8", make, {"bits": bits}, **inputs)
+    name, options = f"w{bits}a8", {"bits": bits}
+    if offset is not None:
+        name, options = f"{name}-less{offset}", {**options, "offset": offset}
+    return integer_case(linear, name, make, options, **inputs)
 
 
 def _cases():
@@ -34,6 +37,12 @@ def _cases():
     yield case(wide, 20, 4)
     yield case(wide, 2, 8)
     yield case(TINY[2], 5, 6)
+    even = Linear("tiny", "even", 512, 64)
+    yield case(even, 2, 1)
+    yield case(even, 3, 3, offset=1)
+    yield case(even, 20, 4)
+    yield case(even, 40, 7)
+    yield case(even, 9, 8)
     gate_up, down = LLAMA3_8B[2:4]
     for bits in (2, 3, 4, 8):
         for rows in (1, 16, 2048):

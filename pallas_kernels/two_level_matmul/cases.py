@@ -37,6 +37,7 @@ def _cases():
     yield case(up, 20, zeros=False)
     yield case(up, 40, 256)
     yield case(ragged, 5, 32)
+    yield case(square, 3, 32)
     for linear in (*LLAMA3_8B[:4], *QWEN25_7B):
         yield case(linear, 16)
         yield case(linear, 2048)

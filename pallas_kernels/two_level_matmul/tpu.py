@@ -2,7 +2,9 @@
 
 A byte holds two neighbouring inputs. Instead of moving weights across lanes, the
 inputs of x are put into the order that unpacking leaves behind: within each group
-the even ones, then the odd ones.
+the even ones, then the odd ones. Two groups of 128 share 128 bytes: for many rows half
+of each is rolled into place; few rows are written twice instead, once for each group
+with zeros at the other's inputs. There the zero point acts on sums of x too.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.integer_tiles import Tuning, product, scaled_sums
 from pallas_kernels.two_level_matmul.reference import check
+
+FEW = 64  # rows that are worth writing twice
+PIECE = 256  # inputs in the 128 bytes of whole lanes
 
 
 def two_level_matmul(
@@ -43,21 +48,16 @@ def two_level_matmul(
     x = x_codes.reshape(-1, inputs)
     outputs = len(planes[0])
     tuning = tuning or Tuning.default(len(x), inputs, max(256, block))
-    tm, tn, tk = tuning.rows, tuning.outputs, tuning.inputs
-    steps, groups = inputs // tk, tk // block
+    steps = inputs // tuning.inputs
     if group_zero is None:
         group_zero = jnp.full(group_scale.shape, 2 ** (bits - 1), jnp.uint8)
-    zero = jnp.swapaxes(group_zero.reshape(outputs, steps, groups), 0, 1)
-    scale = group_scale.T.astype(jnp.int32).reshape(steps, groups, outputs)
+    few = len(x) <= min(FEW, tuning.rows)
+    arrange = _few_rows if few else _many_rows
+    operands, specs = arrange(x, planes[0], group_scale, group_zero, tuning, block)
     y = scaled_sums(
-        functools.partial(_add, block=block),
-        (tuning.padded(_evens_first(x, block)), planes[0], scale, zero),
-        [
-            pl.BlockSpec((tm, tk), lambda i, j, k: (i, k)),
-            pl.BlockSpec((tn, tk // 2), lambda i, j, k: (j, k)),
-            pl.BlockSpec((1, groups, tn), lambda i, j, k: (k, 0, j)),
-            pl.BlockSpec((1, tn, groups), lambda i, j, k: (k, j, 0)),
-        ],
+        functools.partial(_add_few if few else _add, block=block),
+        operands,
+        specs,
         x_scale.reshape(-1, 1),
         w_scale,
         steps=steps,
@@ -67,6 +67,42 @@ def two_level_matmul(
         name="two_level_matmul",
     )
     return y.reshape(*lead, outputs)
+
+
+def _many_rows(x, plane, scale, zero, tuning: Tuning, block: int):
+    """Operands of ``_add`` and their tiles."""
+    tm, tn, tk = tuning.rows, tuning.outputs, tuning.inputs
+    outputs, groups = len(plane), tk // block
+    zero = jnp.swapaxes(zero.reshape(outputs, -1, groups), 0, 1)
+    scale = scale.T.astype(jnp.int32).reshape(-1, groups, outputs)
+    return (tuning.padded(_evens_first(x, block)), plane, scale, zero), [
+        pl.BlockSpec((tm, tk), lambda i, j, k: (i, k)),
+        pl.BlockSpec((tn, tk // 2), lambda i, j, k: (j, k)),
+        pl.BlockSpec((1, groups, tn), lambda i, j, k: (k, 0, j)),
+        pl.BlockSpec((1, tn, groups), lambda i, j, k: (k, j, 0)),
+    ]
+
+
+def _few_rows(x, plane, scale, zero, tuning: Tuning, block: int):
+    """Operands of ``_add_few`` and their tiles: one of rows."""
+    tm, tn, tk = tuning.rows, tuning.outputs, tuning.inputs
+    outputs, groups = len(plane), tk // block
+    x = tuning.padded(x)
+    sums = x.astype(jnp.int32).reshape(tm, -1, groups, block).sum(-1).swapaxes(0, 1)
+    x = _evens_first(x, PIECE)
+    if block < PIECE:  # rows of each group of a piece, zero at the other's inputs
+        lane = jnp.arange(x.shape[1]) % 128
+        own = jnp.arange(2)[:, None] == lane // 64
+        x = jnp.where(own[:, None], x[None], jnp.int8(0)).reshape(2 * tm, -1)
+    scale, zero = (a.T.reshape(-1, groups, outputs) for a in (scale, zero))
+    per_group = pl.BlockSpec((1, groups, tn), lambda i, j, k: (k, 0, j))
+    return (x, plane, scale, zero, sums), [
+        pl.BlockSpec((len(x), tk), lambda i, j, k: (0, k)),
+        pl.BlockSpec((tn, tk // 2), lambda i, j, k: (j, k)),
+        per_group,
+        per_group,
+        pl.BlockSpec((1, tm, groups), lambda i, j, k: (k, 0, 0)),
+    ]
 
 
 def _evens_first(x, block: int):
@@ -83,6 +119,26 @@ def _add(x_ref, w_ref, scale_ref, zero_ref, sum_ref, *, block):
         w = pltpu.bitcast(_less(codes, zeros[:, g : g + 1]), jnp.int8)
         part = product(x_ref[:, pl.ds(g * block, block)], w)
         sum_ref[...] += part * scale_ref[0, g : g + 1, :]
+
+
+def _add_few(x_ref, w_ref, scale_ref, zero_ref, x_sum_ref, sum_ref, *, block):
+    """Int32 sums of each group's codes, less zero times sum(x), times its scale."""
+    scale, zero = (ref[0].astype(jnp.int32) for ref in (scale_ref, zero_ref))
+    rows, groups = x_sum_ref.shape[1:]
+    total = sum_ref[...]
+    together = max(1, PIECE // block)
+    for first in range(0, groups, together):
+        part = 0
+        for start in range(first * block, (first + together) * block, PIECE):
+            words = pltpu.bitcast(w_ref[:, pl.ds(start // 2, 128)], jnp.int32)
+            for at, code in ((start, words), (start + 128, words >> 4)):
+                w = pltpu.bitcast(_low(code), jnp.int8)
+                part += product(x_ref[:, pl.ds(at, 128)], w)
+        for i in range(together):
+            g = slice(first + i, first + i + 1)
+            own = part[i * rows : (i + 1) * rows]
+            total += (own - x_sum_ref[0, :, g] * zero[g]) * scale[g]
+    sum_ref[...] = total
 
 
 def _group(w_ref, g: int, block: int):
