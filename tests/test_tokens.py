@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from test_models import close, compiled, make, quick, random_model
 
-from jaxllm.core import tokens
 from jaxllm.core.compose import Context
 from jaxllm.core.formats import ActivationFormat
 from jaxllm.core.model import get
+from jaxllm.core.spec import expression
+from jaxllm.core.streams import TokenRule, spans
 from jaxllm.core.tokens import fewer_tokens, received_attention, start_attention
 from jaxllm.generation import generate
 from jaxllm.models import MLP, Attention, Layer, MoE, Norm
@@ -27,6 +28,7 @@ LAYERS = {
     "dense": Layer(ATTENTION, MLP(40)),
     "experts": Layer(ATTENTION, MoE(4, 2, 24, shared=MLP(20))),
     "sandwich": Layer(ATTENTION, MLP(40), Norm(plus_one=True), post_norm=True),
+    "parallel": Layer(ATTENTION, MLP(40), parallel=True),
 }
 DRAWN = np.random.default_rng(3).integers(0, VOCABULARY, (2, LENGTH))
 TOKENS = jnp.asarray(DRAWN, jnp.int32)
@@ -85,7 +87,7 @@ def test_scores_are_those_of_the_explicit_probabilities():
     p = np.asarray(
         explicit(model.config, model.params, TOKENS, POSITIONS, SEGMENTS, "layers.1")
     ).mean(1)
-    start, end = map(np.asarray, tokens.spans(TOKENS.shape, SEGMENTS))
+    start, end = map(np.asarray, spans(TOKENS.shape, SEGMENTS))
     seen = end - np.arange(LENGTH)
     want = {
         start_attention(): np.take_along_axis(p, start[..., None], 2)[..., 0],
@@ -95,7 +97,7 @@ def test_scores_are_those_of_the_explicit_probabilities():
     for score, values in want.items():
         found = []
 
-        @tokens.expression
+        @expression
         def spy(score=score, found=found):
             return lambda view: found.append(score(view)) or found[-1]
 
@@ -145,9 +147,10 @@ def test_later_layers_really_see_fewer_tokens():
     assert text.count(f"f32[2,{LENGTH},40]") < text.count("f32[2,15,40]")
 
 
-def test_documents_and_padding_do_not_matter_to_each_other():
+@pytest.mark.parametrize("layer", ("dense", "parallel"))
+def test_documents_and_padding_do_not_matter_to_each_other(layer):
     """A document's logits are the same alone, packed and padded."""
-    made = changed(model_of(), drop=0.3, lower=0.3, format=INT4)
+    made = changed(model_of(layer), drop=0.3, lower=0.3, format=INT4)
     packed = logits(made, TOKENS, POSITIONS, SEGMENTS)
     for row, start, end in ((0, 0, 12), (0, 12, 20), (1, 0, 15)):
         alone = logits(made, TOKENS[row : row + 1, start:end])
@@ -157,7 +160,7 @@ def test_documents_and_padding_do_not_matter_to_each_other():
 def test_low_tokens_are_rounded_and_stay_low():
     """Lower shares of one layer hold in the layers behind; the ends stay exact."""
     low = jnp.zeros(TOKENS.shape, bool).at[:, 3].set(True)
-    rule = tokens.TokenRule(start_attention(), 0.0, 0.5, INT4)
+    rule = TokenRule(start_attention(), 0.0, 0.5, INT4)
     mix = lambda values: jnp.cumsum(values, 1) / 20 + jnp.arange(20.0)[None]  # noqa: E731
     chosen = rule.choose(mix, None, low).low
     assert chosen.sum(1).tolist() == [10 + int(not 0 < 3 <= 10)] * 2
@@ -258,9 +261,8 @@ def test_refusals():
         fewer_tokens(lower=0.5)
     with pytest.raises(ValueError, match="no layer is chosen"):
         changed(model_of(), drop=0.1, first=5)
-    parallel = random_model(make(Layer(ATTENTION, MLP(40), parallel=True)))
-    with pytest.raises(ValueError, match="in parallel"):
-        changed(parallel, drop=0.1)
-    headless = random_model(make(Layer(None, MLP(40))))
-    with pytest.raises(ValueError, match="no attention"):
-        changed(headless, drop=0.1, first=0)
+    rule = TokenRule(start_attention(), 0.1)
+    with pytest.raises(ValueError, match="without attention"):
+        Layer(None, MLP(40), tokens=rule)
+    headless = make(Layer(None, MLP(40)))
+    assert headless.with_tokens({"layers.1": rule}) == headless

@@ -142,11 +142,8 @@ class Layer:
     tokens: Any = None
 
     def __post_init__(self):
-        if self.tokens is not None and (self.attention is None or self.parallel):
-            raise ValueError(
-                "tokens are chosen between attention and feed-forward part; this layer "
-                + ("has both in parallel" if self.parallel else "has no attention")
-            )
+        if self.tokens is not None and self.attention is None:
+            raise ValueError("a layer without attention cannot choose tokens by it")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,6 +37,13 @@ class Pass:
     tokens: Any = None
     rule: Any = None
 
+    def after(self, chosen, hidden):
+        """(hidden states, values) of the tokens that a rule's choice leaves."""
+        if chosen is None:
+            return hidden, self
+        hidden, stream = self.tokens.follow(chosen, hidden)
+        return hidden, dataclasses.replace(self, tokens=stream)
+
     def lowered(self, x):
         """``x`` with the tokens of least score rounded, where the layer has a rule."""
         return x if self.rule is None else self.rule.lowered(x, self.tokens.low)

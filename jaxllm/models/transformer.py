@@ -15,7 +15,7 @@ import numpy as np
 from jaxllm.core import weights
 from jaxllm.core.arrays import to_rank
 from jaxllm.core.model import Model, Params, Residual, Site, Units, get
-from jaxllm.core.tokens import Stream, TokenRule
+from jaxllm.core.streams import Stream, TokenRule
 from jaxllm.models.attention import Attention
 from jaxllm.models.cache import LayerCache
 from jaxllm.models.config import MLP as MLPConfig
@@ -38,12 +38,11 @@ class Block(Part):
         if values.tokens is not None:
             values = dataclasses.replace(values, rule=self.config.tokens)
         attended, cache, chosen = self._attend(x, values)
-        if self.config.parallel:
-            return x + attended + self._feed(x, values), cache, values.tokens
-        x = x + attended
-        if chosen is not None:
-            x, stream = values.tokens.follow(chosen, x)
-            values = dataclasses.replace(values, tokens=stream)
+        if self.config.parallel:  # tokens leave when both parts have read them
+            _, here = values.after(chosen and chosen.marks, x)
+            x, values = values.after(chosen, x + attended + self._feed(x, here))
+            return x, cache, values.tokens
+        x, values = values.after(chosen, x + attended)
         return x + self._feed(x, values), cache, values.tokens
 
     def _norm(self, name: str, x):
@@ -237,11 +236,14 @@ class Transformer:
         """Layers with rules for their tokens, by path; other layers have none.
 
         A pass with such layers drops and rounds tokens; the walk sees all of them.
+        Layers without attention, by which tokens are chosen, are left alone.
         """
-        layers = (
-            dataclasses.replace(layer, tokens=rules.get(f"layers.{i}"))
-            for i, layer in enumerate(self.layers)
-        )
+
+        def changed(i: int, layer: Layer) -> Layer:
+            rule = rules.get(f"layers.{i}") if layer.attention else None
+            return dataclasses.replace(layer, tokens=rule)
+
+        layers = itertools.starmap(changed, enumerate(self.layers))
         return dataclasses.replace(self, layers=tuple(layers))
 
     def linears(self) -> tuple[str, ...]:
