@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_kernels_gpu import Word, numbered
 
 import pallas_kernels
 from jaxllm.core.formats import ActivationFormat
@@ -188,13 +189,7 @@ class TestKernels:
 def held(layout, shape):
     """For each thread of a warpgroup, the elements in its registers, in their order."""
     layout = layout.to_mgpu()
-    tiled = np.arange(np.prod(shape)).reshape(shape)
-    for tile in layout.tiling.tiles:
-        lead, last = tiled.shape[: -len(tile)], tiled.shape[-len(tile) :]
-        split = [n for size, t in zip(last, tile, strict=True) for n in (size // t, t)]
-        k, axes = len(lead), range(len(lead), len(lead) + 2 * len(tile))
-        order = (*range(k), *axes[::2], *axes[1::2])
-        tiled = tiled.reshape(*lead, *split).transpose(order)
+    tiled = numbered(layout, shape)
     dims = (*layout.warp_dims, *layout.lane_dims)
     sizes = [tiled.shape[d] if isinstance(d, int) else d.times for d in dims]
     assert np.prod(sizes) == 128
@@ -208,36 +203,15 @@ def held(layout, shape):
     return np.stack(found)
 
 
-class Bytes:
-    """The operations of a 32-bit register on the bytes of a Python integer."""
-
-    def __init__(self, value):
-        self.value = value
-
-    def __and__(self, mask):
-        return Bytes(self.value & mask)
-
-    def __or__(self, other):
-        return Bytes(self.value | other.value)
-
-    def __rshift__(self, count):
-        return Bytes(self.value >> count)
-
-    def permuted(self, other, select):
-        both = (self.value | other.value << 32).to_bytes(8, "little")
-        chosen = bytes(both[select >> 4 * i & 15] for i in range(4))
-        return Bytes(int.from_bytes(chosen, "little"))
-
-
 class TestCodesOnHopper:
     """What the interpreter does not see: registers, and zero points of other kinds."""
 
     @pytest.mark.parametrize("bits", [1, 2, 4, 8])
     def test_codes_become_floats(self, bits):
-        magic = Bytes(gpu_codes.HALF_1024 * 0x00010001)
+        magic = Word(gpu_codes.HALF_1024 * 0x00010001)
         for word in [*np.random.default_rng(bits).integers(2**32, size=99), 2**32 - 1]:
             for j, low in enumerate(gpu_codes.lows(bits)):
-                pair = gpu_codes.halves_of(Bytes(int(word)), magic, bits, j).value
+                pair = gpu_codes.halves_of(Word(int(word)), magic, bits, j).value
                 got = np.array([pair], "<u4").view(np.float16)
                 codes = [int(word) >> s + bits * j & (2**bits - 1) for s in (0, 16)]
                 assert got.tolist() == [1024 + 2**low * code for code in codes]

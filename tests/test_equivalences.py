@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxllm import methods
-from jaxllm.core import reconstruct
+from jaxllm.core import reconstruct, rescale
 from jaxllm.core.affine import _dominant, _matrix, affine, kronecker, scaling
 from jaxllm.core.batch import Batch
 from jaxllm.core.compose import transform
@@ -268,6 +268,12 @@ def test_a_block_never_ends_above_its_start(batches):
     assert after == (before[0] + 1, before[1] + 1)
     assert len(tame) == 2 and all(after < before for before, after in tame)
     assert all(after <= before for before, after in errors(2, 1e3, 1e3))
+
+
+def test_equal_sites_of_all_layers_share_a_program(batches):
+    before = rescale._factor._cache_size()
+    methods.parse("smoothquant(0.4321, sites='all')")(build("llama", 3), batches)
+    assert 0 < rescale._factor._cache_size() - before <= 4  # inputs of a block
 
 
 @pytest.mark.parametrize("symmetric", (True, False))

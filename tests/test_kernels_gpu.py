@@ -86,15 +86,21 @@ def floats(pairs) -> list[float]:
     return [float(value) for word in pairs for value in word.floats()]
 
 
-def held(layout, columns: int):
-    """For each lane, the elements of 64 rows in its registers, in their order."""
-    tiled = np.arange(64 * columns).reshape(64, columns)
+def numbered(layout, shape):
+    """The elements of an array, numbered, in the order of a layout's axes."""
+    tiled = np.arange(np.prod(shape)).reshape(shape)
     for tile in layout.tiling.tiles:
         lead, last = tiled.shape[: -len(tile)], tiled.shape[-len(tile) :]
         split = [n for size, t in zip(last, tile, strict=True) for n in (size // t, t)]
         k, axes = len(lead), range(len(lead), len(lead) + 2 * len(tile))
         order = (*range(k), *axes[::2], *axes[1::2])
         tiled = tiled.reshape(*lead, *split).transpose(order)
+    return tiled
+
+
+def held(layout, columns: int):
+    """For each lane, the elements of 64 rows in its registers, in their order."""
+    tiled = numbered(layout, (64, columns))
     lanes = (*layout.warp_dims, *layout.lane_dims)
     tiled = np.moveaxis(tiled, lanes, range(len(lanes)))
     return tiled.reshape(128, -1, tiled.shape[-1])
