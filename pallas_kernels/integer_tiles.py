@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -22,11 +23,14 @@ class Tuning:
     inputs: int
 
     @classmethod
-    def default(cls, rows: int, inputs: int, unit: int) -> Tuning:
-        """The widest tile of inputs that divides them, up to 4,096."""
+    def default(cls, rows: int, inputs: int, unit: int, height: int = 32) -> Tuning:
+        """The widest tile of inputs that divides them, up to 4,096.
+
+        Few rows are rounded up to ``height``: as many as share a register of int8.
+        """
         tiles = range(4096 - 4096 % unit, 0, -unit)
         tile = next(t for t in tiles if inputs % t == 0)
-        return cls(min(256, -(-rows // 32) * 32), 512, tile)
+        return cls(min(256, -(-rows // height) * height), 512, tile)
 
     def padded(self, a):
         """Zeros below the rows of ``a``, up to whole tiles."""
@@ -87,8 +91,10 @@ def _kernel(*refs, add: Callable):
 
     add(*own, sum_ref)
 
+    height = math.gcd(32, sum_ref.shape[0])
+
     def finish(i, _):
-        rows = pl.ds(i * 32, 32)
+        rows = pl.ds(i * height, height)
         total = sum_ref[rows, :]
         for ref in shift_ref:
             total = total - ref[rows, :]
@@ -97,7 +103,7 @@ def _kernel(*refs, add: Callable):
 
     @pl.when(step == steps - 1)
     def _():
-        lax.fori_loop(0, sum_ref.shape[0] // 32, finish, None)
+        lax.fori_loop(0, sum_ref.shape[0] // height, finish, None)
 
 
 def product(x, w):

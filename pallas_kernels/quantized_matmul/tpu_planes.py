@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.mxu import unit_width
+
 LANES = 128
 FEW = 64  # rows of a decoding step
 
@@ -87,13 +89,14 @@ class Tuning:
     """Tile sizes: ``rows`` of x, ``columns`` of y, ``inputs`` a step.
 
     ``split`` keeps blocks apart in the product (few rows) instead of folding the scale
-    into the weight.
+    into the weight. ``chunk`` rows are multiplied between two turns of a loop.
     """
 
     rows: int
     columns: int
     inputs: int
     split: bool
+    chunk: int = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,14 +161,28 @@ class Plan:
         fits = [n for n in range(1, pieces + 1) if pieces % n == 0]
         return unit * max(n for n in fits if n == 1 or n * unit <= wanted)
 
-    def tuning(self, rows: int, outputs: int) -> Tuning:
-        """Tiles for these shapes: long and thin for few rows, square for many."""
-        split = rows * max(map(self.slots, self.readings)) <= 64
+    def tuning(self, rows: int, outputs: int, itemsize: int) -> Tuning:
+        """Tiles for these shapes: long and thin for few rows, square for many.
+
+        Many rows of x, of elements of ``itemsize`` bytes, share a tile of the weight.
+        """
+        if rows <= 512:
+            split = rows * max(map(self.slots, self.readings)) <= 64
+            inputs = self.tile(4096 if rows <= FEW else 1024)
+            return Tuning(rows, min(outputs, 512), inputs, split)
+        # A turn of some 4,000 cycles hides its start and end, and compiles in seconds.
+        # Of the columns, those are best that least stand beyond the outputs.
+        wide = unit_width() > 128
+        depth, work = (2048, 2**30) if wide else (1024, 2**28)
+        inputs = self.tile(depth // len(self.parts))
+        choice = (1024, 768, 512) if wide else (512,)
+        columns = min(choice, key=lambda n: -(-outputs // n) * n)
         return Tuning(
-            rows=min(rows, 1024),
-            columns=min(outputs, 512),
-            inputs=self.tile(4096 if rows <= FEW else 1024),
-            split=split,
+            rows=min(rows, 4096 // itemsize),
+            columns=min(outputs, columns),
+            inputs=inputs,
+            split=False,
+            chunk=max(512, work // (columns * inputs) // 256 * 256),
         )
 
 

@@ -2,8 +2,8 @@
 
 Two bodies share everything but the place of the scale:
 
-* ``folded`` (many rows): codes times scale go to a bfloat16 tile, one long product
-  follows. The scale of each block is spread over the lanes by a product with 0/1.
+* ``tpu_folded`` (many rows): codes times scale go to a bfloat16 tile, products follow.
+  The scale of each block is spread over the lanes by a product with 0/1.
 * ``split`` (few rows): row b M + m of the left operand is row m of x where block b is,
   zero elsewhere; the product then keeps blocks apart, and the scale multiplies a few
   rows of float32 partial sums instead of the whole weight.
@@ -21,49 +21,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mxu import NN, NT, TN, halves
+from pallas_kernels.mxu import NN, NT, bf16_arithmetic, halves
+from pallas_kernels.quantized_matmul.tpu_folded import (
+    by_rows,
+    dot,
+    fill,
+    multiply,
+    slices,
+    words,
+)
 from pallas_kernels.quantized_matmul.tpu_inputs import activations, block_sums
 from pallas_kernels.quantized_matmul.tpu_planes import Groups, Plan, Reading, Tuning
 
 SUBLANES = 32  # of bytes
-VMEM = 40 * 2**20
-
-
-def _dot(a, b, dimensions=NN):
-    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
-
-
-def _precise(a, b):
-    """a b of float32 values in three bfloat16 products."""
-    (a0, a1), (b0, b1) = halves(a), halves(b)
-    return _dot(a0, b0) + (_dot(a0, b1) + _dot(a1, b0))
-
-
-def _words(plane_ref, start: int, lanes: int):
-    """A piece of the stored bytes, four outputs to an int32 word."""
-    return pltpu.bitcast(plane_ref[:, start : start + lanes], jnp.int32)
-
-
-def _spread(scale, plan: Plan, reading: Reading, start, count: int):
-    """The scale [blocks, outputs] of each of ``count`` bytes, by a 0/1 product."""
-    shape = (plan.blocks, count)
-    byte = start + lax.broadcasted_iota(jnp.int32, shape, 1)
-    block = lax.broadcasted_iota(jnp.int32, shape, 0)
-    inside = (byte // plan.span(reading) == block).astype(jnp.bfloat16)
-    return sum(_dot(h, inside, TN) for h in halves(scale)) * reading.multiplier
-
-
-def _folded(x, plane_ref, scale, acc_ref, tile_ref, *, plan, reading, step):
-    """acc += x (codes scale)^T; the weight's tile is built in VMEM first."""
-    lanes, count = plan.lanes(reading), plane_ref.shape[1]
-    for start in range(0, count, lanes):
-        words = _words(plane_ref, start, lanes)
-        factor = _spread(scale, plan, reading, step * count + start, lanes)
-        for phase in range(reading.phases):
-            value = reading.read(words, phase).astype(jnp.float32) * factor
-            to = start * reading.phases + phase * lanes
-            tile_ref[:, to : to + lanes] = value.astype(tile_ref.dtype)
-    acc_ref[...] += _dot(x, tile_ref[...], NT)
+VMEM = 48 * 2**20
+FINISHED = 256  # rows of y written between two turns of a loop
 
 
 def _scale_rows(scale, plan: Plan, reading: Reading, group: int, height: int, start):
@@ -78,7 +50,7 @@ def _scale_rows(scale, plan: Plan, reading: Reading, group: int, height: int, st
     block = jnp.minimum(byte // plan.span(reading), plan.blocks - 1)
     chosen = block == lax.broadcasted_iota(jnp.int32, shape, 1)
     chosen = chosen.astype(jnp.bfloat16)
-    return sum(_dot(chosen, h) for h in halves(scale)) * reading.multiplier
+    return sum(dot(chosen, h) for h in halves(scale)) * reading.multiplier
 
 
 def _split(x, plane_ref, scale, acc_ref, *, plan, reading, group, step):
@@ -89,11 +61,11 @@ def _split(x, plane_ref, scale, acc_ref, *, plan, reading, group, step):
     for index, first in enumerate(range(0, count, group * lanes)):
         sums = jnp.zeros(acc_ref.shape, jnp.float32)
         for start in range(first, first + group * lanes, lanes):
-            words = _words(plane_ref, start, lanes)
+            piece = words(plane_ref, slice(None), start, lanes)
             for phase in range(reading.phases):
-                codes = reading.read(words, phase).astype(x.dtype)
+                codes = reading.read(piece, phase).astype(x.dtype)
                 at = start * reading.phases + phase * lanes
-                sums += _dot(x[:, at : at + lanes], codes, NT)
+                sums += dot(x[:, at : at + lanes], codes, NT)
         total += sums * factors[index * height : (index + 1) * height]
     acc_ref[...] += total
 
@@ -115,7 +87,19 @@ def _fold_rows(partial, rows: int):
     )
 
 
-def _body(*refs, plan: Plan, tuning: Tuning, groups, counts, shift):
+def _thrice(offsets):
+    """What multiplies ``_sums`` so that float32 keeps all but its last bits."""
+    high, low = halves(offsets)
+    return jnp.concatenate((high, high, low))
+
+
+def _sums(x, plan: Plan):
+    """Sums of x over blocks [rows, 3 blocks] as bfloat16 terms: high, low, high."""
+    high, low = halves(block_sums(x, plan))
+    return jnp.concatenate((high, low, high), 1)
+
+
+def _body(*refs, plan: Plan, tuning: Tuning, groups, counts, shift, kind):
     """One step of the grid (rows, outputs, inputs)."""
     it = iter(refs)
     x, planes, scales, extra, sums, low_rank = (
@@ -124,34 +108,44 @@ def _body(*refs, plan: Plan, tuning: Tuning, groups, counts, shift):
     out_ref, *scratch = it
     step = pl.program_id(2)
     accumulators = scratch if tuning.split else scratch[:1]
+    if tuning.split:
 
-    @pl.when(step == 0)
-    def _():
-        for acc_ref in accumulators:
-            acc_ref[...] = jnp.zeros_like(acc_ref)
+        @pl.when(step == 0)
+        def _():
+            for acc_ref in accumulators:
+                acc_ref[...] = jnp.zeros_like(acc_ref)
 
     for i, reading in enumerate(plan.readings):
         scale = scales[i % len(scales)][...]
-        own_x = x[plan.parts.index(reading.part)][...]
+        own_x = x[plan.parts.index(reading.part)]
         same = {"plan": plan, "reading": reading, "step": step}
         if tuning.split:
             group = groups.pieces[i]
-            _split(own_x, planes[i], scale, accumulators[i], group=group, **same)
+            _split(own_x[...], planes[i], scale, accumulators[i], group=group, **same)
         else:
-            _folded(own_x, planes[i], scale, *scratch, **same)
+            acc_ref, tile_ref = scratch
+            fill(tile_ref, planes[i], scale, kind=kind, **same)
+            fresh = (step == 0) if i == 0 else False
+            multiply(own_x, tile_ref, acc_ref, fresh, tuning.chunk)
+
+    def finish(rows):
+        for here in slices(out_ref.shape[1]):
+            if tuning.split:
+                y = sum(_fold_rows(acc[:, here], tuning.rows) for acc in accumulators)
+            else:
+                y = accumulators[0][rows, here]
+            if sums:
+                offsets = shift(*(ref[:, here] for ref in (*scales, *extra)))
+                terms = _thrice(offsets.astype(jnp.float32))
+                for k in slices(len(terms)):
+                    y += dot(sums[0][rows, k], terms[k])
+            if low_rank:
+                y += dot(low_rank[0][rows, :], low_rank[1][:, here])
+            out_ref[rows, here] = y.astype(out_ref.dtype)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
-        if tuning.split:
-            y = sum(_fold_rows(acc[...], tuning.rows) for acc in accumulators)
-        else:
-            y = accumulators[0][...]
-        if sums:
-            offsets = shift(*(ref[...] for ref in (*scales, *extra)))
-            y += _precise(sums[0][...], offsets.astype(jnp.float32))
-        if low_rank:
-            y += _dot(low_rank[0][...], low_rank[1][...])
-        out_ref[...] = y.astype(out_ref.dtype)
+        by_rows(finish, tuning.rows, FINISHED)
 
 
 def product(
@@ -182,11 +176,19 @@ def product(
         )
     blocks = scales[0].shape[-1]
     plan = Plan(inputs, inputs if blocks == 1 else block, readings)
-    tuning = tuning or plan.tuning(len(rows), outputs)
+    tuning = tuning or plan.tuning(len(rows), outputs, x.dtype.itemsize)
     # Narrow arrays lie on a TPU with the long axis minor: transposing moves nothing.
     scales, extra = (tuple(a.T for a in group) for group in (scales, extra))
     y = _call(rows, planes, scales, extra, shift, low_rank, plan, tuning, interpret)
     return y[: len(rows)].reshape(*x.shape[:-1], outputs)
+
+
+def _multiplied_as(dtype, scales: tuple, plan: Plan):
+    """bfloat16 where codes times scales are then rounded once, else float32."""
+    kinds = (dtype, *(scale.dtype for scale in scales))
+    looked_up = any(reading.levels for reading in plan.readings)
+    narrow = all(kind == jnp.bfloat16 for kind in kinds) and not looked_up
+    return jnp.bfloat16 if narrow and bf16_arithmetic() else jnp.float32
 
 
 def _call(x, planes, scales, extra, shift, low_rank, plan, tuning, interpret):
@@ -198,7 +200,7 @@ def _call(x, planes, scales, extra, shift, low_rank, plan, tuning, interpret):
         x = jnp.pad(x, ((0, groups.rows - len(x)), (0, 0)))
         tuning = dataclasses.replace(tuning, rows=groups.rows)
     ordered = activations(x, plan, groups, interpret)
-    sums = () if shift is None else (block_sums(x, plan),)
+    sums = () if shift is None else (_sums(x, plan),)
     low = ()
     if low_rank is not None:
         left, right = low_rank
@@ -239,6 +241,7 @@ def _call(x, planes, scales, extra, shift, low_rank, plan, tuning, interpret):
             groups=groups,
             counts=tuple(map(len, operands)),
             shift=shift,
+            kind=_multiplied_as(dtype, scales, plan),
         ),
         out_shape=jax.ShapeDtypeStruct((len(x), outputs), dtype),
         grid=(pl.cdiv(len(x), bm), pl.cdiv(outputs, bn), plan.inputs // bk),

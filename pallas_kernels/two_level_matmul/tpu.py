@@ -47,7 +47,9 @@ def two_level_matmul(
         )
     x = x_codes.reshape(-1, inputs)
     outputs = len(planes[0])
-    tuning = tuning or Tuning.default(len(x), inputs, max(256, block))
+    twice = len(x) <= FEW and block < PIECE  # 16 rows then fill a tile of int8
+    unit = max(PIECE, block)
+    tuning = tuning or Tuning.default(len(x), inputs, unit, 16 if twice else 32)
     steps = inputs // tuning.inputs
     if group_zero is None:
         group_zero = jnp.full(group_scale.shape, 2 ** (bits - 1), jnp.uint8)
