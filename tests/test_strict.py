@@ -18,6 +18,8 @@ from jaxllm.core.formats import ActivationFormat
 from jaxllm.models import MLP, Attention, Layer, MoE, Norm, Policy, Transformer, init
 
 DTYPES = ("float32", "bfloat16")
+# Each kind of model in one dtype; the others are slow tests.
+USUAL = (("llama", "bfloat16"), ("moe", "float32"), ("gpt", "bfloat16"))
 GROUPS = {"group_size": 16}
 BUDGETS = {name: {"bits": 5.0} for name in ("mixed_precision", "evopress")}
 LLAMA = (Layer(Attention(4, 2, 8), MLP(32)),) * 2
@@ -83,6 +85,14 @@ def dtype(request):
     return request.param
 
 
+def pairs():
+    """Models and dtypes; every method meets all of either in what is not slow."""
+    for kind in MODELS:
+        for dtype in DTYPES:
+            marks = pytest.mark.slow if (kind, dtype) not in USUAL else ()
+            yield pytest.param(kind, dtype, marks=marks)
+
+
 def shapes(kind: str, dtype: str):
     """A model without memory."""
     config = MODELS[kind](Policy(dtype, dtype))
@@ -120,6 +130,7 @@ def test_cache(kind, dtype, bits, scan):
 
 
 @pytest.mark.parametrize("name", sorted(methods.entries()))
+@pytest.mark.parametrize("kind, dtype", list(pairs()))
 def test_methods_and_their_models(kind, dtype, name):
     """The transform's shapes, then a pass of the model that it makes."""
     make, model = methods.find(name), shapes(kind, dtype)
