@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 from test_models import close, compiled, make, quick, random_model
 
+from jaxllm import methods
 from jaxllm.core.compose import Context
 from jaxllm.core.formats import ActivationFormat
 from jaxllm.core.model import get
-from jaxllm.core.spec import expression
+from jaxllm.core.spec import decode, encode, expression
 from jaxllm.core.streams import TokenRule, spans
 from jaxllm.core.tokens import fewer_tokens, received_attention, start_attention
 from jaxllm.generation import generate
@@ -251,6 +253,12 @@ def test_visibility_with_a_cache_counts_slots():
     at = jnp.full((2, 1), 14, jnp.int32)
     mask = visibility(Pass(at, cache=cache["layers.2"]), None)
     assert mask.sum(-1).tolist() == [[15 - int(0.4 * 14)]] * 2
+
+
+def test_the_rule_travels_with_the_configuration():
+    """Through JSON, as a checkpoint's manifest has it."""
+    config = changed(model_of(), drop=0.25, lower=0.25, format=INT4).config
+    assert decode(json.loads(json.dumps(encode(config))), methods.find) == config
 
 
 def test_refusals():
