@@ -111,9 +111,13 @@ class Attention(Part):
         return self._flash(q, k, v, segments)[..., 0].astype(jnp.float32).mean(2)
 
     def _flash(self, q, k, v, segments):
-        c, pair = self.config, None if segments is None else (segments, segments)
-        options = dict(scale=c.scale, soft_cap=c.softcap, window=c.window)
-        return flash_attention(q, k, v, pair, **options)
+        pair = None if segments is None else (segments, segments)
+        return flash_attention(q, k, v, pair, **self._options())
+
+    def _options(self) -> dict:
+        """What all kernels are told of the scores."""
+        c = self.config
+        return dict(scale=c.scale, soft_cap=c.softcap, window=c.window)
 
     def _mix(self, q, k, v, values: Pass):
         """What each query gathers, and the updated cache.
@@ -126,9 +130,8 @@ class Attention(Part):
             slots = values.cache.slots(values.positions, values.tokens)
             cache = values.cache.write(k, v, slots, values.segments)
             if step and custom is None:
-                options = dict(scale=c.scale, soft_cap=c.softcap, window=c.window)
-                lengths = slots[:, 0] + 1
-                mixed = decode_attention(q[:, 0], *cache.stored, lengths, **options)
+                stored, lengths = cache.stored, slots[:, 0] + 1
+                mixed = decode_attention(q[:, 0], *stored, lengths, **self._options())
                 return mixed[:, None], cache
             cache = cache.without(values.tokens)
             k, v = cache.read(k.dtype)
