@@ -29,7 +29,7 @@ from jaxllm.core.patterns import Pattern
 from jaxllm.core.reconstruct import clipping, reconstruct
 from jaxllm.core.scales import Grid, absmax, half_quadratic, mse, power_of_two
 from jaxllm.core.solvers import nearest, obs, svd
-from jaxllm.core.stats import Stats
+from jaxllm.core.stats import Stats, output_energy
 from jaxllm.core.walk import Monitor, walk
 from jaxllm.models import MLP, Attention, Layer, Transformer, init
 
@@ -304,3 +304,16 @@ def test_history_never_splits_a_trace(model):
     assert len(traces) == 1
     both = jax.tree.map(jnp.add, model, model.replace(history=History(("x",))))
     assert both.history.specs == model.history.specs
+
+
+def test_probes_find_the_error_of_many_outputs():
+    """Exactly for few outputs; else nearly, in the scale and in what is least."""
+    x = jax.random.normal(jax.random.key(1), (256, 64)) * jnp.linspace(0.1, 3, 64)
+    h = Stats.of(("gram",), x).gram.mean
+    w = jax.random.normal(jax.random.key(2), (64, 1024))
+    few = w[:, :32]
+    exact = jnp.square(x @ few).sum(1).mean()
+    assert jnp.allclose(output_energy(h, few, 4), exact, rtol=1e-4)
+    for scale in (1.0, 0.9):  # the same draw for all that is compared
+        exact = jnp.square(x @ (scale * w)).sum(1).mean()
+        assert jnp.allclose(output_energy(h, scale * w, 64), exact, rtol=0.05)

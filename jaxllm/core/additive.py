@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.core import metrics
 from jaxllm.core.arrays import as_stored
 from jaxllm.core.spec import expression
+from jaxllm.core.stats import output_energy
 from jaxllm.core.vectors import start_tables
 from jaxllm.core.weights import OutputTransformed, Scale, Vectors
 
@@ -75,8 +76,7 @@ def decoded(
 
 def error(w, h, scale, tables, codes) -> Float[Array, ""]:
     """tr((W - Q)T H (W - Q))."""
-    left = w - decoded(tables, codes) * scale[None]
-    return (left * (h @ left)).sum()
+    return output_energy(h, w - decoded(tables, codes) * scale[None])
 
 
 def fitted_tables(w, h, scale, tables, codes, steps: int):

@@ -15,8 +15,10 @@ from jaxtyping import Array, Float
 from jaxllm.core import weights
 from jaxllm.core.model import Params, Site, get, put
 from jaxllm.core.spec import expression
+from jaxllm.core.stats import output_energy
 
 SMALL = 1e-5
+PROBES = 64  # of the outputs of wide layers
 
 
 def pooled(site: Site, values: Float[Array, "in"]) -> Float[Array, "in"]:
@@ -60,7 +62,8 @@ def searched(solve, steps: int = 20):
     """AWQ (arXiv:2306.00978, eq. 4, 5): s = E|x|^a, a in [0, 1) with the least error.
 
     The error is that of the consumers' outputs when ``solve`` rounds W s, measured
-    with the Gram matrix: sum of tr((W - V)T E[x xT] (W - V)). s is normalised by
+    with the Gram matrix: sum of tr((W - V)T E[x xT] (W - V)), in layers of more than
+    512 outputs on random sums of them (``output_energy``). s is normalised by
     sqrt(max s min s) as in the authors' code.
     """
     if steps < 1:
@@ -68,7 +71,6 @@ def searched(solve, steps: int = 20):
 
     def equivalence(ws, stats, site):
         magnitude = jnp.maximum(pooled(site, stats.moments.mean_absolute), SMALL)
-        h = stats.gram.mean
 
         def scale(a):
             s = jnp.maximum(magnitude**a, 1e-4)
@@ -80,7 +82,7 @@ def searched(solve, steps: int = 20):
             for w in ws:
                 made = weights.materialize(solve(w * s[:, None], stats))
                 delta = w - made.astype(jnp.float32) / s[:, None]
-                total += (delta * (h @ delta)).sum()
+                total += output_energy(stats.gram.mean, delta, PROBES)
             return total
 
         tried = jnp.arange(steps) / steps

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.core.formats import TINY, ActivationFormat
 from jaxllm.core.spec import expression
-from jaxllm.core.stats import Stats
+from jaxllm.core.stats import Stats, output_energy
 from jaxllm.core.weights import ActivationQuantized, Reassembly, Transformed
 
 MOST = 255  # parts of a channel: a byte
@@ -47,7 +47,7 @@ def reassembled(
             error = dense - op.apply(jnp.eye(len(w))) @ _rows(op, dense)
             step = (peak[op.first] / op.parts.astype(jnp.float32)).max() / largest
             noise = step**2 / 12 * (_rows(op, dense) ** 2).sum()
-            total = (error * (h @ error)).sum() + noise
+            total = output_energy(h, error) + noise
             return jnp.where(extra <= most, total, jnp.inf)
 
         shares = jnp.asarray(1 - np.arange(steps) / steps, jnp.float32)

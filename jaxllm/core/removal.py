@@ -14,6 +14,7 @@ from jaxllm.core.arrays import traced
 from jaxllm.core.compose import Context
 from jaxllm.core.model import Model
 from jaxllm.core.spec import expression
+from jaxllm.core.stats import output_energy
 from jaxllm.core.units import Part, cut_and_mend, look, regression
 
 
@@ -90,7 +91,7 @@ def _orders(part: Part, damping: float):
     h = part.stats.gram.mean
     h = h + (damping * jnp.diagonal(h).mean() + 1e-12) * jnp.eye(len(h))
     order, errors = removal_order(part.w, h, part.units.count)
-    return order, errors / (part.w * (h @ part.w)).sum()
+    return order, errors / output_energy(h, part.w)
 
 
 def _counts(units: int, levels: int) -> list[int]:

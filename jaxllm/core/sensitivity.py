@@ -14,6 +14,7 @@ from jaxllm.core.curvature import hessian_traces
 from jaxllm.core.model import Model, with_weight
 from jaxllm.core.slopes import mean_loss
 from jaxllm.core.spec import expression
+from jaxllm.core.stats import output_energy
 from jaxllm.core.weights import materialize
 
 
@@ -27,8 +28,7 @@ def output_error():
 
     @jax.jit
     def loss(w, made, stats):
-        delta = _delta(w, made)
-        return (delta * (stats.gram.mean @ delta)).sum()
+        return output_energy(stats.gram.mean, _delta(w, made))
 
     return lambda model, context: lambda path, w, made, stats: loss(w, made, stats)
 
