@@ -22,13 +22,13 @@ from jaxllm.evaluate import (
     compare,
     disk_bytes,
     energy,
+    likelihood,
     perplexity,
     report,
     size,
     speed,
     speed_up,
 )
-from jaxllm.evaluate.likelihood import negative_log_likelihood
 from jaxllm.evaluate.report import Report
 from jaxllm.models import MLP, Attention, Layer, Transformer, init
 
@@ -109,10 +109,10 @@ def test_all_normalisations_describe_one_total(tiny, letters):
 def test_batching_changes_nothing_and_compiles_once(tiny, letters):
     texts = [f"document number {i} " * (i % 3 + 1) for i in range(13)]
     one = perplexity(tiny, letters, texts, "documents", batch_size=1)
-    before = negative_log_likelihood._cache_size()
+    before = likelihood._scores._cache_size()
     many = perplexity(tiny, letters, texts, "documents", batch_size=4)
     perplexity(tiny, letters, texts[:11], "documents", batch_size=4)
-    assert negative_log_likelihood._cache_size() == before + 1
+    assert likelihood._scores._cache_size() == before + 1
     assert (many.nll, many.tokens) == (pytest.approx(one.nll, rel=1e-6), one.tokens)
 
 

@@ -17,7 +17,17 @@ import pytest
 from jaxllm.core import weights
 from jaxllm.core.model import Model, get, paths, put
 from jaxllm.core.stats import Stats
-from jaxllm.models import MLP, Attention, Layer, MoE, Norm, Rope, Transformer, init
+from jaxllm.models import (
+    MLP,
+    Attention,
+    Layer,
+    MoE,
+    Norm,
+    Rope,
+    Transformer,
+    blocks,
+    init,
+)
 from jaxllm.models.hub import rotary_halves
 from jaxllm.models.layers import Pass, rotate
 
@@ -171,6 +181,15 @@ def test_scanned_equals_unrolled(name):
     last = {path: jax.tree.map(lambda x: x[:, -1], e) for path, e in filled.items()}
     assert filled.keys() == cache.keys()
     assert all(float(jnp.abs(x).max()) > 0 for x in jax.tree.leaves(last))
+
+
+@pytest.mark.parametrize("name", ["experts", "unlike_layers"])
+def test_equal_blocks_share_a_program(name):
+    model, before = random_model(CONFIGS[name]), blocks._compiled._cache_size()
+    logits = model.config.forward(model.params, TOKENS, stepwise=True)
+    close(logits, forward(model))
+    kinds = {block for _, block in model.config.blocks()}
+    assert blocks._compiled._cache_size() - before == len(kinds)
 
 
 def test_cache_equals_full_pass(model):

@@ -79,12 +79,10 @@ def _weight(model: Model, w, path: str, mesh, rules, whole):
     if not isinstance(w, Weight):
         return _sharding(w, names, path, mesh, rules, whole)
     named = w.axes(names)
-    is_names = lambda x: (
-        isinstance(x, tuple)
-        and all(  # noqa: E731
-            n is None or isinstance(n, str) for n in x
-        )
-    )
+
+    def is_names(x) -> bool:
+        return isinstance(x, tuple) and all(n is None or isinstance(n, str) for n in x)
+
     leaves = jax.tree.leaves(named, is_leaf=is_names)
     arrays, tree = jax.tree.flatten(w)
     pairs = zip(arrays, leaves, strict=True)

@@ -12,11 +12,13 @@ from jaxllm.core.model import Model
 from jaxllm.data.packing import Rows
 
 
-def row_scores(model: Model, batch: Batch) -> tuple[Array, Array]:
-    """(nats, greedy) of each row: every token weighted by ``batch.weights``.
+def likelihood_and_greedy(
+    model: Model, batch: Batch
+) -> tuple[Float[Array, " rows"], Bool[Array, " rows"]]:
+    """Summed nats of each row, every token weighted by ``batch.weights``; and whether
+    all weighted tokens are the likeliest ones, as greedy decoding would write them.
 
-    ``greedy`` says whether all weighted tokens are the likeliest ones. The head is
-    applied row by row: logits of [length, vocabulary] exist at a time.
+    For calls outside jit: equal blocks share a program, however deep the model is.
     """
     hidden = model.config.forward(
         model.params,
@@ -24,7 +26,20 @@ def row_scores(model: Model, batch: Batch) -> tuple[Array, Array]:
         positions=batch.positions,
         segments=batch.segments,
         hidden_only=True,
+        stepwise=True,
     )
+    rest = {name: p for name, p in model.params.items() if name != "layers"}
+    return _scores(model.replace(params=rest), hidden, batch)
+
+
+def negative_log_likelihood(model: Model, batch: Batch) -> Float[Array, " rows"]:
+    """Summed nats of each row, every token weighted by ``batch.weights``."""
+    return likelihood_and_greedy(model, batch)[0]
+
+
+@jax.jit
+def _scores(model: Model, hidden, batch: Batch):
+    """The head is applied row by row: [length, vocabulary] logits exist at a time."""
 
     def row(parts):
         states, tokens, weights = parts
@@ -38,20 +53,6 @@ def row_scores(model: Model, batch: Batch) -> tuple[Array, Array]:
         ).all()
 
     return jax.lax.map(row, (hidden, batch.tokens, batch.weights))
-
-
-@jax.jit
-def negative_log_likelihood(model: Model, batch: Batch) -> Float[Array, " rows"]:
-    """Summed nats of each row, every token weighted by ``batch.weights``."""
-    return row_scores(model, batch)[0]
-
-
-@jax.jit
-def likelihood_and_greedy(
-    model: Model, batch: Batch
-) -> tuple[Float[Array, " rows"], Bool[Array, " rows"]]:
-    """Summed nats of each row, and whether greedy decoding would write them."""
-    return row_scores(model, batch)
 
 
 def padded(rows: Rows, size: int) -> Batch:

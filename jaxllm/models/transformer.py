@@ -14,9 +14,10 @@ import numpy as np
 
 from jaxllm.core import weights
 from jaxllm.core.arrays import to_rank
-from jaxllm.core.model import Model, Params, Residual, Site, Units, get
+from jaxllm.core.model import Model, Params, Residual, Site, Units
 from jaxllm.core.streams import Stream, TokenRule
 from jaxllm.models.attention import Attention
+from jaxllm.models.blocks import scanned, unrolled
 from jaxllm.models.cache import LayerCache
 from jaxllm.models.config import MLP as MLPConfig
 from jaxllm.models.config import Layer, Norm, Policy
@@ -183,15 +184,17 @@ class Transformer:
         segments=None,
         cache=None,
         scan: bool = False,
+        stepwise: bool = False,
         remat: bool = False,
         attend=None,
         hidden_only: bool = False,
     ):
         """Logits (and the cache when one is given); see ``Model.__call__``.
 
-        ``scan`` stacks runs of equal layers and compiles each run once; ``remat``
-        recomputes a block's activations in the backward pass; ``hidden_only`` stops
-        before the head.
+        ``scan`` stacks runs of equal layers and compiles each run once; ``stepwise``,
+        for calls outside jit, makes each block a program of its own, one for all that
+        are equal, and copies nothing; ``remat`` recomputes a block's activations in
+        the backward pass; ``hidden_only`` stops before the head.
         """
         positions = default_positions(tokens, positions)
         hidden = self.embed(params, tokens, positions)
@@ -199,8 +202,8 @@ class Transformer:
         if tokens.shape[1] > 1 and any(layer.tokens for layer in self.layers):
             stream = Stream.start(hidden, positions, segments)
             values = dataclasses.replace(values, tokens=stream)
-        run = _scanned if scan else _unrolled
-        hidden, cache = run(self, params, hidden, values, cache, remat)
+        how = scanned if scan else functools.partial(unrolled, stepwise=stepwise)
+        hidden, cache = how(self, params, hidden, values, cache, remat)
         out = hidden if hidden_only else self.head(params, hidden)
         return out if cache is None else (out, cache)
 
@@ -289,83 +292,6 @@ def default_positions(tokens, positions):
     if positions is not None:
         return positions
     return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-
-
-def _unrolled(config: Transformer, params, hidden, values: Pass, cache, remat):
-    new = None if cache is None else dict(cache)
-    for path, block in config.blocks():
-        hidden, values = _step(path, block, remat, params, hidden, values, new)
-    return _whole(hidden, values), new
-
-
-def _step(path, block, remat: bool, params, hidden, values: Pass, cache):
-    """One block on its own; its entry of ``cache`` is replaced."""
-    entry = None if cache is None else cache.get(path)
-    here = dataclasses.replace(values, cache=entry)
-    hidden, entry, stream = _run_block(block, remat, get(params, path), hidden, here)
-    if entry is not None:
-        cache[path] = entry
-    if stream is None:
-        return hidden, values
-    at = dict(positions=stream.positions, segments=stream.segments)
-    return hidden, dataclasses.replace(values, tokens=stream, **at)
-
-
-def _whole(hidden, values: Pass):
-    """A state for every token of the pass."""
-    return hidden if values.tokens is None else values.tokens.restored(hidden)
-
-
-def _run_block(block: BlockDefinition, remat: bool, params, hidden, values: Pass):
-    """One block, optionally rematerialised; only arrays cross the checkpoint."""
-    fixed = values.collect, values.attend
-
-    def run(params, hidden, positions, segments, weight, cache, tokens):
-        here = Pass(positions, segments, cache, fixed[0], weight, fixed[1], tokens)
-        return block.apply(params, hidden, here)[0]
-
-    run = jax.checkpoint(run) if remat else run
-    v = values
-    arrays = v.positions, v.segments, v.weights, v.cache, v.tokens
-    return run(params, hidden, *arrays)
-
-
-def equal_runs(config: Transformer, params) -> list[list[str]]:
-    """Maximal runs of consecutive layers with equal definition and structure."""
-
-    def structure(item):
-        path, block = item
-        leaves, tree = jax.tree.flatten(get(params, path))
-        alone = path if block.config.tokens else None  # fewer tokens leave it
-        return block, tree, tuple((x.shape, x.dtype) for x in leaves), alone
-
-    groups = itertools.groupby(config.blocks(), structure)
-    return [[path for path, _ in group] for _, group in groups]
-
-
-def _scanned(config: Transformer, params, hidden, values: Pass, cache, remat):
-    """Like ``_unrolled``, each run of equal layers as one scan over stacked leaves."""
-    blocks, new = dict(config.blocks()), None if cache is None else dict(cache)
-    stack = lambda *xs: jnp.stack(xs)  # noqa: E731
-    for run in equal_runs(config, params):
-        block = blocks[run[0]]
-        if block.config.tokens:
-            hidden, values = _step(run[0], block, remat, params, hidden, values, new)
-            continue
-        stacked = jax.tree.map(stack, *(get(params, p) for p in run))
-        entries = [None if cache is None else cache.get(p) for p in run]
-        entries = jax.tree.map(stack, *entries) if entries[0] is not None else None
-
-        def step(hidden, layer, block=block, values=values):
-            weights_here, entry = layer
-            here = dataclasses.replace(values, cache=entry)
-            return _run_block(block, remat, weights_here, hidden, here)[:2]
-
-        hidden, entries = jax.lax.scan(step, hidden, (stacked, entries))
-        if entries is not None:
-            for i, path in enumerate(run):
-                new[path] = jax.tree.map(lambda x, i=i: x[i], entries)
-    return _whole(hidden, values), new
 
 
 def init(config: Transformer, key: jax.Array) -> Model:
