@@ -124,7 +124,9 @@ def column(ref, rows, at, layout=None, dtype=jnp.float32):
 
 
 def across(column, width: int):
-    """One value per output, over ``width`` columns."""
+    """One value per output, over ``width`` columns; a tile [64, width] as it is."""
+    if column.ndim == 2:
+        return column
     return lax.broadcast_in_dim(column, (LANES, width), [0])
 
 

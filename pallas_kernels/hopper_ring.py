@@ -80,12 +80,33 @@ class Plan:
 class Stream(NamedTuple):
     """An operand that passes through the ring, ``columns`` of it a step.
 
-    ``width`` bytes are a swizzled row of a tile; None keeps its rows as they are.
+    ``width`` bytes are a swizzled row of a tile; None keeps its rows as they are. The
+    copy engine wants rows of 16n bytes: the array has ``folded`` rows of others in each
+    of its own, and a tile has them apart, [folded, rows / folded, columns].
     """
 
     array: Any
     columns: int
     width: int | None
+    folded: int | None = None
+
+    @property
+    def copies(self) -> int:
+        """That fill a tile."""
+        return self.folded or 1
+
+    def moves(self, ref, tile, rows, step):
+        """(source, target) of each copy: ``rows`` are a start and a count."""
+        start, count = rows
+        first = step * self.columns
+        if self.folded is None:
+            yield ref.at[pl.ds(start, count), pl.ds(first, self.columns)], tile
+            return
+        width = self.array.shape[1] // self.folded
+        here = pl.ds(lax.div(start, self.folded), count // self.folded)
+        for i in range(self.folded):
+            columns = pl.ds(i * width + first, self.columns)
+            yield ref.at[here, columns], tile.at[i]
 
 
 class Ring(NamedTuple):
@@ -133,7 +154,7 @@ class Product:
 
     def _call(self, interpret: bool):
         plan, t = self.plan, self.plan.tuning
-        copies = len(self.x) + len(self.w)
+        copies = sum(stream.copies for stream in (*self.x, *self.w))
         scratch = dict(
             out=hopper.result(t.warpgroups, t.rows, plan.partial),
             x=[_tiles(t.stages, t.rows, stream) for stream in self.x],
@@ -186,7 +207,7 @@ class Product:
         plan, t = self.plan, self.plan.tuning
         first, n, m = origin
         moves = [
-            (stream, pl.ds(start, size), tiles)
+            (stream, (start, size), tiles)
             for streams, start, size, ring_tiles in (
                 (self.x, m, t.rows, ring.x),
                 (self.w, n, plan.tile, ring.w),
@@ -199,14 +220,14 @@ class Product:
             at = lax.rem(i, t.stages)
             pl.when(i >= t.stages)(lambda: plgpu.barrier_wait(ring.empty.at[at]))
             for ref, (stream, rows, tiles) in zip(refs, moves, strict=False):
-                here = pl.ds((first + i) * stream.columns, stream.columns)
-                plgpu.copy_gmem_to_smem(
-                    ref.at[rows, here], tiles.at[at], ring.full.at[at]
-                )
+                for source, tile in stream.moves(ref, tiles.at[at], rows, first + i):
+                    plgpu.copy_gmem_to_smem(source, tile, ring.full.at[at])
 
 
 def _tiles(stages: int, rows: int, stream: Stream):
     shape, dtype = (stages, rows, stream.columns), stream.array.dtype
+    if stream.folded is not None:
+        shape = stages, stream.folded, rows // stream.folded, stream.columns
     if stream.width is None:
         return plgpu.SMEM(shape, dtype)
     return hopper.tiles(shape, dtype, stream.width)

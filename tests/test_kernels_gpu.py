@@ -24,10 +24,16 @@ from pallas_kernels.hadamard_quantize import gpu as hadamard
 from pallas_kernels.hadamard_quantize.cases import make as hadamard_inputs
 from pallas_kernels.hadamard_quantize.reference import hadamard_quantize
 from pallas_kernels.nm_matmul import fragments as expansion
+from pallas_kernels.plane_matmul import fragments as ternary
+from pallas_kernels.plane_matmul import gpu as plane_gpu
+from pallas_kernels.plane_matmul import gpu_trits
+from pallas_kernels.plane_matmul.cases import make as plane_inputs
+from pallas_kernels.plane_matmul.reference import plane_matmul
 from pallas_kernels.plane_product import fragments as integers
 from pallas_kernels.quantized_matmul import fragments, gpu_plan
 from pallas_kernels.quantized_matmul.cases import NF4
 from pallas_kernels.quantized_matmul.reference import parts
+from pallas_kernels.shapes import Linear
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BENCHMARK = REPOSITORY / "experiments" / "kernels"
@@ -281,6 +287,83 @@ class TestIntegers:
         assert (order[1, 1] == np.arange(129, 256, 2)).all()
 
 
+class TestTrits:
+    """Five trits of a byte, through the instructions that the kernel emits."""
+
+    @pytest.fixture(autouse=True)
+    def fuse_floats(self, monkeypatch):
+        def fused(kind, value, factor, term):
+            dtype = {"f16": np.float16, "bf16": ml_dtypes.bfloat16}[kind]
+            a, b, c = (
+                np.array([word.value], "<u4").view(dtype).astype(np.float64)
+                for word in (
+                    word if isinstance(word, Word) else Word(word or 0)
+                    for word in (value, factor, term)
+                )
+            )
+            made = (a * (1 if factor is None else b) + c).astype(dtype)
+            return Word(int(made.view("<u4")[0]))
+
+        monkeypatch.setattr(ternary, "fused", fused)
+
+    @staticmethod
+    def digits(bytes, place: int) -> list[int]:
+        return [byte // 3**place % 3 - 1 for byte in bytes]
+
+    def test_every_byte(self):
+        for value in range(243):
+            four = [value, 242 - value, 7 * value % 243, 100]
+            for place, pairs in enumerate(ternary.trit_pairs(four_bytes(*four))):
+                found = [128 * trit for trit in floats(pairs)]
+                assert found == self.digits(four, place)
+
+    @pytest.mark.parametrize("block", (None, 128, 100))
+    def test_sums_of_scaled_planes(self, block):
+        """Each input of a thread meets the scale of its own region."""
+        rng, count = np.random.default_rng(3), ternary.regions(block)
+        size = ternary.OWN // count
+        bytes = rng.integers(0, 243, (2, 16))
+        scales = rng.integers(1, 16, (2, count)).astype(np.float32)
+        doubled = np.repeat(128 * scales, 2, 1).astype(ml_dtypes.bfloat16)
+        words = [[Word(int(word)) for word in row] for row in doubled.view("<u4")]
+        for tile in range(4):
+            four = bytes[:, 4 * tile : 4 * tile + 4]
+            packed = [four_bytes(*map(int, row)) for row in four]
+            for place, pairs in enumerate(ternary.scaled_pairs(packed, words, tile)):
+                inputs = (4 * tile + np.arange(4)) * 5 + place
+                by = scales[:, inputs // size]
+                want = (by * np.array([self.digits(row, place) for row in four])).sum(0)
+                assert floats(pairs) == want.tolist()
+
+    def test_order_of_x(self):
+        """The bytes that a thread reads are of its columns in wgmma's order."""
+        order = np.asarray(ternary.in_order(jnp.arange(320)[None]))[0]
+        columns = held(fragments.OUT.to_mgpu(), 320) % 320
+        for thread, own in enumerate(columns):
+            inputs, first = np.unique(order[own]), 80 * (thread % 4)
+            assert inputs.tolist() == list(range(first, first + 80))
+        for place, tile, q, byte in np.ndindex(5, 4, 4, 4):
+            column = 64 * place + 16 * tile + 8 * (byte // 2) + 2 * q + byte % 2
+            assert order[column] == 5 * (16 * q + 4 * tile + byte) + place
+
+    def test_default_tuning(self):
+        """It fits, whole tiles are of whole rows of x, and few rows fill the chip."""
+        sizes = (1, 2, 6, 16, 100, 2048), (256, 4096, 14336), (64, 4096), (1, 2, 3)
+        blocks = None, 16, 64, 100, 128, 512
+        for rows, inputs, outputs, count in itertools.product(*sizes):
+            for block, exact in itertools.product(blocks, (False, True)):
+                shape = rows, inputs, outputs, block, count, exact
+                made = gpu_trits.default_tuning(*shape)
+                stage = gpu_trits._stage(made.rows, made.warpgroups, count)
+                lanes = 64 * made.warpgroups
+                result = lanes * made.rows * (2 if made.splits == 1 else 4)
+                assert made.stages * stage + result <= hopper.SHARED - 2048
+                steps = -(-inputs // gpu_trits.STEP)
+                assert made.stages > 1 or steps <= made.splits
+                if made.sums:
+                    assert made.rows % gpu_trits._columns(block, made.inputs) == 0
+
+
 class TestTuning:
     """Default rules stay inside the machine; tables are checked when read."""
 
@@ -399,6 +482,7 @@ PACKED = {
         "llama3-8b/gate_up/w4a8-g128-asym/m1",
     ),
     "plane_product": ("llama3-8b/gate_up/w3a8/m1", "llama3-8b/gate_up/w4a8/m16"),
+    "plane_matmul": ("llama3-8b/o/trits2-g128/m1", "llama3-8b/o/trits2-g128/m256"),
 }
 
 
@@ -534,6 +618,27 @@ class TestBfloat16:
         gap = np.abs(codes - wanted)
         assert gap.max() <= 1
         assert (gap > 0).mean() <= (1e-3 if exact else 0.01)
+
+    @pytest.mark.parametrize(
+        ("rows", "inputs", "count", "block", "tuned"),
+        [
+            (2, 660, 2, 44, plane_gpu.Tuning(16, 320, 2, splits=2, warpgroups=1)),
+            (9, 800, 2, 80, plane_gpu.Tuning(8, 320, 3, sums=False)),
+            (3, 645, 1, None, plane_gpu.Tuning(8, 640, 2, sums=False)),
+        ],
+        ids=["blocks apart", "planes added", "channel"],
+    )
+    def test_trits(self, rows, inputs, count, block, tuned):
+        """Steps, splits and tiles; rows of bytes that 4, 1 and 16 make a whole of."""
+        shape = dict(rows=rows, linear=Linear("tiny", "t", inputs, 128), kind="trits")
+        more = dict(count=count, block=block, bias=False, dtype=jnp.bfloat16)
+        x, *rest = plane_inputs(jax.random.key(4), **shape, **more)
+        options = dict(kind="trits", block=block)
+        got = plane_gpu.plane_matmul(x, *rest, interpret=True, tuning=tuned, **options)
+        want = plane_matmul(x.astype(jnp.float32), *rest, **options)
+        assert got.dtype == jnp.bfloat16
+        error = np.linalg.norm(got.astype(jnp.float32) - want)
+        assert error <= 5e-3 * np.linalg.norm(want)
 
     @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float32))
     def test_listed_blocks(self, dtype):

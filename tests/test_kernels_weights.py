@@ -104,8 +104,8 @@ def test_the_kernel_gives_the_dense_product(weight):
 
 
 KERNELS = ("pallas_call", "mpmd_map")  # of TPUs, of Mosaic GPU
-# Hopper has no kernel for these: blocks of 64 signs are 8 bytes, trits go by five.
-MISSING = {"tpu": (), "gpu": ("signs", "bits", "trits")}
+# Hopper has no kernel for these: blocks of 64 signs are 8 bytes.
+MISSING = {"tpu": (), "gpu": ("signs", "bits")}
 
 
 @pytest.fixture(params=MISSING)
@@ -159,7 +159,7 @@ METHODS = {
 }
 
 
-ON_HOPPER = ("magnitude", "squeezellm", "bitmod")
+ON_HOPPER = ("magnitude", "ptqtp", "squeezellm", "bitmod")
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def _cases():
     yield case(square, 3, "trits", 2, 64, bias=True)
     yield case(up, 20, "trits", 1, None)
     yield case(Linear("tiny", "long", 2816, 32), 2, "trits", 1, 128)
+    yield case(Linear("tiny", "odd", 172, 64), 1, "trits", 2, 43)
     for linear in (LLAMA3_8B[1], LLAMA3_8B[3]):
         for rows in (1, 16, 256):
             yield case(linear, rows, "binary", 3, 128, bias=True)

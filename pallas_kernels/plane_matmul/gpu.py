@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import compat, hopper, hopper_ring
 from pallas_kernels.hopper import LANES
 from pallas_kernels.hopper_ring import Place, Product, Ring, Stream, Tuning
+from pallas_kernels.plane_matmul.gpu_trits import trit_matmul
 from pallas_kernels.plane_matmul.reference import block_sums, places
 from pallas_kernels.quantized_matmul import fragments, gpu_plan
 
@@ -57,12 +58,12 @@ def plane_matmul(
     interpret: bool = False,
     tuning: Tuning | None = None,
 ):
-    """``reference.plane_matmul`` on Hopper's tensor cores, for "binary" and "ternary".
+    """``reference.plane_matmul`` on Hopper's tensor cores.
 
     Sums are float32; the bias acts on the sums of x over each block, outside. x is
     multiplied in bfloat16: wider x as two terms, high and low. For many rows of
     bfloat16 the sum of scaled planes is rounded to bfloat16. NotImplementedError as in
-    ``quantized_matmul``, and for trits packed by five.
+    ``quantized_matmul``, and for trits as in ``gpu_trits``.
     """
     hopper.require(interpret)
     _, held = places(kind)
@@ -70,10 +71,9 @@ def plane_matmul(
     narrow, part, count = x.dtype == jnp.bfloat16, 8 // held, len(planes)
     if not x.size:
         return jnp.zeros((*x.shape[:-1], outputs), x.dtype)
-    if kind not in LEVELS:
-        raise NotImplementedError(
-            f"planes of {kind}: five to a byte, whose rows the copy engine cannot align"
-        )
+    if kind == "trits":
+        shared = dict(block=block, interpret=interpret, tuning=tuning)
+        return trit_matmul(x, planes, scales, bias, **shared)
     for plane in planes:
         gpu_plan.refuse(inputs, outputs, part, block, None, (plane,))
     terms = hopper.terms(x)
