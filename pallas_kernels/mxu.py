@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 NN = (((1,), (0,)), ((), ()))
 NT = (((1,), (1,)), ((), ()))  # contract the minor axes: x W^T
 TN = (((0,), (0,)), ((), ()))
+WIDE = 256  # of the newer matrix units, twice that of the older ones
 
 
 def dot(a, b, dimensions=NN) -> Array:
@@ -17,6 +21,111 @@ def dot(a, b, dimensions=NN) -> Array:
     return lax.dot_general(
         a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
     )
+
+
+def product(a, b, dimensions=NN) -> Array:
+    """Of operands as they are: exact int32 sums of int8, float32 sums of others."""
+    kind = jnp.int32 if a.dtype == jnp.int8 else jnp.float32
+    return lax.dot_general(a, b, dimensions, preferred_element_type=kind)
+
+
+def multiply(
+    x_ref,
+    tile_ref,
+    acc_ref,
+    fresh,
+    chunk: int,
+    *,
+    depth: int = WIDE,
+    weigh: Callable | None = None,
+    finish: Callable | None = None,
+):
+    """acc += x tile^T, or acc = x tile^T where ``fresh``; ``chunk`` rows at a time.
+
+    Each product is one matrix unit wide and ``depth`` deep and adds to sums in VMEM, so
+    that the compiler has nothing to spill. ``fresh`` may be traced. ``weigh(part, n,
+    k)`` is added in place of the product of outputs n and inputs k; ``finish(rows, n,
+    sums)`` takes each sum once it is whole, while others are under way.
+    """
+    outputs, inputs = tile_ref.shape
+    zero = jnp.zeros((), acc_ref.dtype)
+
+    def add(rows):
+        for n in slices(outputs):
+            old = zero if fresh is True else jnp.where(fresh, zero, acc_ref[rows, n])
+            for k in slices(inputs, depth):
+                part = product(x_ref[rows, k], tile_ref[n, k], NT)
+                acc_ref[rows, n] = old + (weigh(part, n, k) if weigh else part)
+                old = acc_ref[rows, n]
+            if finish:
+                finish(rows, n, old)
+
+    by_rows(add, len(x_ref), chunk)
+
+
+def multiply_scaled(
+    x_ref,
+    tile_ref,
+    scale_refs: tuple,
+    y_ref,
+    acc_ref,
+    *,
+    steps: int,
+    chunk: int,
+    **options,
+):
+    """One of ``steps`` of y = x_scale (x tile^T) w_scale, the last axis of a grid.
+
+    ``scale_refs`` are x_scale [rows, 1] and w_scale [1, outputs], or None for the
+    latter where products are weighed already; ``options`` are those of ``multiply``.
+    """
+    x_scale_ref, w_scale_ref = scale_refs
+
+    def finish(rows, n, total):
+        y = total.astype(jnp.float32) * x_scale_ref[rows, :]
+        y = y if w_scale_ref is None else y * w_scale_ref[:, n]
+        y_ref[rows, n] = y.astype(y_ref.dtype)
+
+    operands = x_ref, tile_ref, acc_ref
+    if steps == 1:
+        multiply(*operands, True, chunk, finish=finish, **options)
+        return
+    step = pl.program_id(2)
+    multiply(*operands, step == 0, chunk, **options)
+
+    @pl.when(step == steps - 1)
+    def _():  # a loop of its own keeps the scales out of registers above
+        every = slice(None)
+        by_rows(lambda rows: finish(rows, every, acc_ref[rows, :]), len(x_ref), 32)
+
+
+def depth(kind) -> int:
+    """Inputs of one product of ``kind`` that the TPU in use multiplies best.
+
+    The seventh generation has no unit for int8: the compiler goes through floats and
+    back to integers, the less often the longer the sums are.
+    """
+    return 2048 if kind == jnp.int8 and _generation() >= 7 else WIDE
+
+
+def slices(count: int, width: int = WIDE) -> list[slice]:
+    """One for each ``width`` (a matrix unit's) of ``count`` columns."""
+    return [slice(i, min(i + width, count)) for i in range(0, count, width)]
+
+
+def by_rows(act: Callable, count: int, chunk: int):
+    """``act`` on every ``chunk`` of ``count`` rows, and on what is left."""
+    whole, left = divmod(count, chunk)
+    if whole == 1:  # no loop: what stands before may be overlapped with it
+        act(slice(0, chunk))
+    elif whole:
+
+        def body(i, _):
+            act(pl.ds(pl.multiple_of(i * chunk, chunk), chunk))
+
+        lax.fori_loop(0, whole, body, None)
+    if left:
+        act(slice(whole * chunk, count))
 
 
 def bf16_arithmetic() -> bool:

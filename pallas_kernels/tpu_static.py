@@ -30,6 +30,7 @@ BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +(?P<target>[A-Z]{2})?\s*: (?P<in>[> 
 BRANCH = re.compile(r"sbr\.rel (?:\(!?(?P<if>%p\w+)\) )?target = \$region(?P<to>\d+)")
 TURNS = re.compile(r"(%p\w+) = scmp\.ge\.s32\.totalorder %\w+, (\d+)")
 LANDING = re.compile(r"empty region (\d+)")
+START = re.compile(r"Start region (\d+)")
 DELAY = 4  # bundles after a branch that still belong to it
 
 
@@ -71,31 +72,48 @@ class Stretch:
 
 
 def stretches(text: str) -> tuple[list[Stretch], list[range]]:
-    """The final bundles of a program, cut at branches; what branches jump over."""
+    """The final bundles of a program, cut at branches; what branches jump over.
+
+    All from the head of an inner loop to the branch back belongs to it: the compiler
+    may mark a bundle within that also serves what follows as one outside.
+    """
     found: list[Stretch] = []
     jumps: dict[str, int] = {}  # by the region that a branch ahead leads to
     skipped: list[range] = []
     limits: dict[str, int] = {}
-    left = -1
+    started: set[str] = set()
+    around: list[Stretch] = []  # heads of the inner loops that have not ended
+    left, back = -1, False
     bundles = (match for line in text.splitlines() if (match := BUNDLE.match(line)))
     for bundle, match in enumerate(bundles):
         line, loops = match.string, match["in"].count(">")
+        if back and (not left or match["target"]):
+            around.pop()
+            back = False
+        head = match["target"] == "LB" and loops > 1
+        if around and not head:
+            loops = max(loops, around[-1].loops)
         if not found or not left or match["target"] or loops != found[-1].loops:
-            inner = loops > 1 and match["target"] != "LB"
-            found.append(Stretch(bundle, loops, found[-1].head if inner else bundle))
+            inner = around and not head
+            found.append(Stretch(bundle, loops, around[-1].head if inner else bundle))
             left = -1
+        if head:
+            around.append(found[-1])
         for region in LANDING.findall(line):
             if region in jumps:
                 skipped.append(range(jumps.pop(region), bundle))
+        started.update(START.findall(line))
         limits |= {name: int(limit) for name, limit in TURNS.findall(line)}
         left -= left > 0
         if branch := BRANCH.search(line):
             left = DELAY
             jumps[branch["to"]] = bundle
-            if loops > 1 and branch["if"] in limits:  # back to the head of a loop
+            turns = limits.get(branch["if"])
+            back = bool(around) and (turns is not None or branch["to"] in started)
+            if back and turns:
                 for part in found:
-                    if part.head == found[-1].head:
-                        part.turns = limits[branch["if"]]
+                    if part.first >= around[-1].first:
+                        part.turns *= turns
         found[-1].count += 1
     return found, skipped
 

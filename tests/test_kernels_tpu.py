@@ -11,6 +11,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import tpu_static
 from pallas_kernels.quantized_matmul import cases, reference, tpu, tpu_product
 from pallas_kernels.quantized_matmul.tpu_planes import Tuning
+from pallas_kernels.scaled_matmul import cases as scaled_cases
+from pallas_kernels.scaled_matmul import reference as scaled_reference
+from pallas_kernels.scaled_matmul import tpu as scaled_tpu
 from pallas_kernels.shapes import Linear
 from pallas_kernels.two_level_matmul import cases as two_level_cases
 from pallas_kernels.two_level_matmul import reference as two_level_reference
@@ -47,13 +50,29 @@ def test_bfloat16_arithmetic_rounds_once(monkeypatch):
     assert jnp.array_equal(plain, run())
 
 
+@pytest.mark.parametrize("block", [None, 128])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_scaled_sums_over_steps_and_chunks(kind, block):
+    """Rows in two chunks and a rest, inputs in two steps."""
+    inputs = dict(rows=72, linear=SMALL, kind=kind, block=block)
+    args = scaled_cases.make(jax.random.key(5), **inputs)
+    options = {"block": block, "out_dtype": jnp.float32}
+    tuning = scaled_tpu.Tuning(72, 32, 512, chunk=32)
+    with pltpu.force_tpu_interpret_mode(CAREFUL):
+        got = scaled_tpu.scaled_matmul(*args, **options, tuning=tuning)
+    want = scaled_reference.scaled_matmul(*args, **options)
+    assert jnp.linalg.norm(got - want) <= 1e-6 * jnp.linalg.norm(want)
+
+
 @pytest.mark.parametrize("block", [128, 256])
 def test_two_levels_of_many_rows(block):
-    """More rows than a decoding step has: groups are rolled into place."""
+    """More rows than a decoding step has share an int8 tile of the weight."""
     inputs = dict(rows=two_level_tpu.FEW + 8, linear=SMALL, block=block, zeros=True)
     args = two_level_cases.make(jax.random.key(4), **inputs)
     options = {"block": block, "out_dtype": jnp.float32}
-    got = two_level_tpu.two_level_matmul(*args, **options, interpret=True)
+    tuning = two_level_tpu.Tuning(96, 32, 512)  # in two steps
+    with pltpu.force_tpu_interpret_mode(CAREFUL):
+        got = two_level_tpu.two_level_matmul(*args, **options, tuning=tuning)
     want = two_level_reference.two_level_matmul(*args, **options)
     np.testing.assert_allclose(got, want, rtol=1e-6)
 

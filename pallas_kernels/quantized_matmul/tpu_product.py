@@ -21,15 +21,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mxu import NN, NT, bf16_arithmetic, halves
-from pallas_kernels.quantized_matmul.tpu_folded import (
-    by_rows,
-    dot,
-    fill,
-    multiply,
-    slices,
-    words,
-)
+from pallas_kernels import mxu
+from pallas_kernels.mxu import NN, NT, bf16_arithmetic, by_rows, halves, slices
+from pallas_kernels.quantized_matmul.tpu_folded import fill, words
 from pallas_kernels.quantized_matmul.tpu_inputs import activations, block_sums
 from pallas_kernels.quantized_matmul.tpu_planes import Groups, Plan, Reading, Tuning
 
@@ -50,7 +44,7 @@ def _scale_rows(scale, plan: Plan, reading: Reading, group: int, height: int, st
     block = jnp.minimum(byte // plan.span(reading), plan.blocks - 1)
     chosen = block == lax.broadcasted_iota(jnp.int32, shape, 1)
     chosen = chosen.astype(jnp.bfloat16)
-    return sum(dot(chosen, h) for h in halves(scale)) * reading.multiplier
+    return sum(mxu.product(chosen, h) for h in halves(scale)) * reading.multiplier
 
 
 def _split(x, plane_ref, scale, acc_ref, *, plan, reading, group, step):
@@ -65,7 +59,7 @@ def _split(x, plane_ref, scale, acc_ref, *, plan, reading, group, step):
             for phase in range(reading.phases):
                 codes = reading.read(piece, phase).astype(x.dtype)
                 at = start * reading.phases + phase * lanes
-                sums += dot(x[:, at : at + lanes], codes, NT)
+                sums += mxu.product(x[:, at : at + lanes], codes, NT)
         total += sums * factors[index * height : (index + 1) * height]
     acc_ref[...] += total
 
@@ -126,7 +120,7 @@ def _body(*refs, plan: Plan, tuning: Tuning, groups, counts, shift, kind):
             acc_ref, tile_ref = scratch
             fill(tile_ref, planes[i], scale, kind=kind, **same)
             fresh = (step == 0) if i == 0 else False
-            multiply(own_x, tile_ref, acc_ref, fresh, tuning.chunk)
+            mxu.multiply(own_x, tile_ref, acc_ref, fresh, tuning.chunk)
 
     def finish(rows):
         for here in slices(out_ref.shape[1]):
@@ -138,9 +132,9 @@ def _body(*refs, plan: Plan, tuning: Tuning, groups, counts, shift, kind):
                 offsets = shift(*(ref[:, here] for ref in (*scales, *extra)))
                 terms = _thrice(offsets.astype(jnp.float32))
                 for k in slices(len(terms)):
-                    y += dot(sums[0][rows, k], terms[k])
+                    y += mxu.product(sums[0][rows, k], terms[k])
             if low_rank:
-                y += dot(low_rank[0][rows, :], low_rank[1][:, here])
+                y += mxu.product(low_rank[0][rows, :], low_rank[1][:, here])
             out_ref[rows, here] = y.astype(out_ref.dtype)
 
     @pl.when(step == pl.num_programs(2) - 1)

@@ -7,26 +7,36 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.mxu import depth, multiply_scaled
 from pallas_kernels.scaled_matmul.reference import check
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """Tile sizes: rows of x, outputs, inputs."""
+    """Tile sizes: rows of x, outputs, inputs; ``chunk`` rows in a turn of a loop."""
 
     rows: int
     outputs: int
     inputs: int
+    chunk: int = 512
 
 
 def default_tuning(rows: int, outputs: int, inputs: int, width: int) -> Tuning:
-    """Long sums (4,096 inputs and more) keep the matrix unit busy without spills."""
-    tile = _divisor(inputs, width, 5120)
-    return Tuning(min(256, _round_up(rows, 32)), 1024 if rows > 256 else 512, tile)
+    """Long sums, and as many rows to a tile of the weight as VMEM holds.
+
+    Tiles of rows are equal, up to their padding; of outputs, those are best that least
+    stand beyond them.
+    """
+    tiles = -(-rows // 2048)
+    choice = (1024, 768, 512) if rows > 256 else (512,)
+    return Tuning(
+        rows=_round_up(-(-rows // tiles), 32),
+        outputs=min(choice, key=lambda n: _round_up(outputs, n)),
+        inputs=_divisor(inputs, width, 5120),
+    )
 
 
 def scaled_matmul(
@@ -54,13 +64,17 @@ def scaled_matmul(
     per_step = w_scale.shape[1] > 1
     steps = inputs // tk
     y = pl.pallas_call(
-        functools.partial(_kernel, width=min(width, tk), per_step=per_step),
+        functools.partial(
+            _kernel, width=width if per_step else None, steps=steps, chunk=tuning.chunk
+        ),
         grid=(padded // tm, pl.cdiv(outputs, tn), steps),
         in_specs=[
             pl.BlockSpec((tm, tk), lambda i, j, k: (i, k)),
             pl.BlockSpec((tn, tk), lambda i, j, k: (j, k)),
             pl.BlockSpec((tm, 1), lambda i, j, k: (i, 0)),
-            pl.BlockSpec((1, blocks, tn), lambda i, j, k: (k if per_step else 0, 0, j)),
+            pl.BlockSpec(
+                (None, blocks, tn), lambda i, j, k: (k if per_step else 0, 0, j)
+            ),
         ],
         out_specs=pl.BlockSpec((tm, tn), lambda i, j, k: (i, j)),
         out_shape=jax.ShapeDtypeStruct((padded, outputs), out_dtype),
@@ -75,45 +89,25 @@ def scaled_matmul(
     return y[:rows].reshape(*lead, outputs)
 
 
-def _kernel(x_ref, w_ref, x_scale_ref, w_scale_ref, y_ref, sum_ref, *, width, per_step):
-    """One step of the sum over inputs."""
+def _kernel(
+    x_ref, w_ref, x_scale_ref, w_scale_ref, y_ref, sum_ref, *, width, **options
+):
+    """One step of the sum over inputs; ``width`` of them share a scale (None: all)."""
 
-    def part():
-        total = 0
-        inputs = x_ref.shape[1]
-        for b in range(pl.cdiv(inputs, width)):
-            here = pl.ds(b * width, min(width, inputs - b * width))
-            product = _product(x_ref[:, here], w_ref[:, here])
-            if per_step:
-                product = product.astype(jnp.float32) * w_scale_ref[0, b : b + 1, :]
-            total = total + product
-        return total
+    def weigh(product, n, k):
+        block = k.start // width
+        return product.astype(jnp.float32) * w_scale_ref[block : block + 1, n]
 
-    def finish(i, _):  # a loop of its own keeps the scales out of registers above
-        rows = pl.ds(i * 32, 32)
-        y = sum_ref[rows, :].astype(jnp.float32) * x_scale_ref[rows, :]
-        y = y if per_step else y * w_scale_ref[0]
-        y_ref[rows, :] = y.astype(y_ref.dtype)
-
-    step, steps = pl.program_id(2), pl.num_programs(2)
-
-    @pl.when(step == 0)
-    def _():
-        sum_ref[...] = part()
-
-    @pl.when(step > 0)
-    def _():
-        sum_ref[...] += part()
-
-    @pl.when(step == steps - 1)
-    def _():
-        lax.fori_loop(0, sum_ref.shape[0] // 32, finish, None)
-
-
-def _product(x, w):
-    """x W^T; both have their inputs in the minor axis."""
-    kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-    return lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=kind)
+    multiply_scaled(
+        x_ref,
+        w_ref,
+        (x_scale_ref, None if width else w_scale_ref),
+        y_ref,
+        sum_ref,
+        depth=width or depth(x_ref.dtype),
+        weigh=weigh if width else None,
+        **options,
+    )
 
 
 def _kind(x, per_step: bool):

@@ -1,10 +1,11 @@
-"""TPU: 4-bit codes become int8 four to a word; each group's sum is one int8 product.
+"""TPU: 4-bit codes become int8 four to a word and meet int8 rows of x.
 
 A byte holds two neighbouring inputs. Instead of moving weights across lanes, the
-inputs of x are put into the order that unpacking leaves behind: within each group
-the even ones, then the odd ones. Two groups of 128 share 128 bytes: for many rows half
-of each is rolled into place; few rows are written twice instead, once for each group
-with zeros at the other's inputs. There the zero point acts on sums of x too.
+inputs of x are put into the order that unpacking leaves behind: within each 256 the
+even ones, then the odd ones. Many rows share an int8 tile of (code - zero) scale
+(``tpu_many``). For few rows each group's sum is a product of its own, and the zero
+point acts on sums of x; since two groups of 128 share 128 bytes, the rows are written
+twice, once for each group with zeros at the other's inputs.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from __future__ import annotations
 import functools
 
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.integer_tiles import Tuning, product, scaled_sums
 from pallas_kernels.two_level_matmul.reference import check
+from pallas_kernels.two_level_matmul.tpu_many import PIECE, many_rows
+from pallas_kernels.two_level_matmul.tpu_many import default_tuning as many_tuning
 
 FEW = 64  # rows that are worth writing twice
-PIECE = 256  # inputs in the 128 bytes of whole lanes
 
 
 def two_level_matmul(
@@ -45,44 +46,32 @@ def two_level_matmul(
             f"{bits}-bit codes in groups of {block} along {inputs} inputs; this kernel "
             "has 4 bits, groups of 128 or multiples of 256, and whole pairs of them"
         )
-    x = x_codes.reshape(-1, inputs)
-    outputs = len(planes[0])
-    twice = len(x) <= FEW and block < PIECE  # 16 rows then fill a tile of int8
-    unit = max(PIECE, block)
-    tuning = tuning or Tuning.default(len(x), inputs, unit, 16 if twice else 32)
-    steps = inputs // tuning.inputs
+    x, x_scale = x_codes.reshape(-1, inputs), x_scale.reshape(-1, 1)
+    outputs, unit = len(planes[0]), max(PIECE, block)
     if group_zero is None:
         group_zero = jnp.full(group_scale.shape, 2 ** (bits - 1), jnp.uint8)
-    few = len(x) <= min(FEW, tuning.rows)
-    arrange = _few_rows if few else _many_rows
-    operands, specs = arrange(x, planes[0], group_scale, group_zero, tuning, block)
+    options = {"out_dtype": out_dtype, "interpret": interpret}
+    operands = planes[0], group_scale, group_zero
+    if len(x) > FEW:
+        tuning = tuning or many_tuning(len(x), outputs, inputs, unit)
+        scales, options = (x_scale, w_scale), {**options, "tuning": tuning}
+        y = many_rows(_evens_first(x), *operands, *scales, block=block, **options)
+        return y.reshape(*lead, outputs)
+    twice = block < PIECE  # 16 rows then fill a tile of int8
+    tuning = tuning or Tuning.default(len(x), inputs, unit, 16 if twice else 32)
+    operands, specs = _few_rows(x, *operands, tuning, block)
     y = scaled_sums(
-        functools.partial(_add_few if few else _add, block=block),
+        functools.partial(_add_few, block=block),
         operands,
         specs,
-        x_scale.reshape(-1, 1),
+        x_scale,
         w_scale,
-        steps=steps,
+        steps=inputs // tuning.inputs,
         tuning=tuning,
-        out_dtype=out_dtype,
-        interpret=interpret,
         name="two_level_matmul",
+        **options,
     )
     return y.reshape(*lead, outputs)
-
-
-def _many_rows(x, plane, scale, zero, tuning: Tuning, block: int):
-    """Operands of ``_add`` and their tiles."""
-    tm, tn, tk = tuning.rows, tuning.outputs, tuning.inputs
-    outputs, groups = len(plane), tk // block
-    zero = jnp.swapaxes(zero.reshape(outputs, -1, groups), 0, 1)
-    scale = scale.T.astype(jnp.int32).reshape(-1, groups, outputs)
-    return (tuning.padded(_evens_first(x, block)), plane, scale, zero), [
-        pl.BlockSpec((tm, tk), lambda i, j, k: (i, k)),
-        pl.BlockSpec((tn, tk // 2), lambda i, j, k: (j, k)),
-        pl.BlockSpec((1, groups, tn), lambda i, j, k: (k, 0, j)),
-        pl.BlockSpec((1, tn, groups), lambda i, j, k: (k, j, 0)),
-    ]
 
 
 def _few_rows(x, plane, scale, zero, tuning: Tuning, block: int):
@@ -91,7 +80,7 @@ def _few_rows(x, plane, scale, zero, tuning: Tuning, block: int):
     outputs, groups = len(plane), tk // block
     x = tuning.padded(x)
     sums = x.astype(jnp.int32).reshape(tm, -1, groups, block).sum(-1).swapaxes(0, 1)
-    x = _evens_first(x, PIECE)
+    x = _evens_first(x)
     if block < PIECE:  # rows of each group of a piece, zero at the other's inputs
         lane = jnp.arange(x.shape[1]) % 128
         own = jnp.arange(2)[:, None] == lane // 64
@@ -107,20 +96,10 @@ def _few_rows(x, plane, scale, zero, tuning: Tuning, block: int):
     ]
 
 
-def _evens_first(x, block: int):
-    """Within each group: even inputs, then odd ones."""
-    pairs = x.reshape(len(x), -1, block // 2, 2)
+def _evens_first(x):
+    """Within each piece: even inputs, then odd ones."""
+    pairs = x.reshape(len(x), -1, PIECE // 2, 2)
     return jnp.swapaxes(pairs, -1, -2).reshape(x.shape)
-
-
-def _add(x_ref, w_ref, scale_ref, zero_ref, sum_ref, *, block):
-    """Int32 sums of each group's int8 product times its integer scale."""
-    zeros = pltpu.bitcast(zero_ref[0], jnp.int32)
-    for g in range(zero_ref.shape[2]):
-        codes = _group(w_ref, g, block)
-        w = pltpu.bitcast(_less(codes, zeros[:, g : g + 1]), jnp.int8)
-        part = product(x_ref[:, pl.ds(g * block, block)], w)
-        sum_ref[...] += part * scale_ref[0, g : g + 1, :]
 
 
 def _add_few(x_ref, w_ref, scale_ref, zero_ref, x_sum_ref, sum_ref, *, block):
@@ -143,28 +122,5 @@ def _add_few(x_ref, w_ref, scale_ref, zero_ref, x_sum_ref, sum_ref, *, block):
     sum_ref[...] = total
 
 
-def _group(w_ref, g: int, block: int):
-    """Codes of a group, evens first: words [outputs / 4, block] of four outputs.
-
-    Two groups of 128 share one tile of lanes; half of each is rolled into place.
-    """
-    half = block // 2
-    if half % 128 == 0:
-        words = pltpu.bitcast(w_ref[:, pl.ds(g * half, half)], jnp.int32)
-        return jnp.concatenate((_low(words), _low(words >> 4)), 1)
-    words = pltpu.bitcast(w_ref[:, pl.ds(g // 2 * 128, 128)], jnp.int32)
-    low, high = _low(words), _low(words >> 4)
-    first = lax.broadcasted_iota(jnp.int32, words.shape, 1) < 64
-    if g % 2:
-        return jnp.where(first, pltpu.roll(low, 64, 1), high)
-    return jnp.where(first, low, pltpu.roll(high, 64, 1))
-
-
 def _low(words):
     return words & 0x0F0F0F0F
-
-
-def _less(codes, zeros):
-    """Four bytewise differences in a word: no borrow passes the raised top bits."""
-    top = jnp.int32(-0x7F7F7F80)
-    return ((codes | top) - zeros) ^ top
