@@ -31,7 +31,8 @@ def markdown(data: dict) -> str:
         "which of four words comes next; `order`: which of two sentences (lines for "
         "the built-in model) comes first; both by likelihood, the standard error is on "
         "the row of the uncompressed model. Seconds include compiling and are of the "
-        "machine named in the JSON, which did other work at the same time.",
+        "machine named in the JSON, which did other work at the same time; there are "
+        "none where the run was paused.",
         "![size against perplexity](pareto.png)",
         f"{len(rows)} of {len({*settings.plan(NAMES)})} planned rows are measured. "
         + method_files(),
@@ -82,7 +83,7 @@ def _line(r: dict) -> str:
     return (
         f"| `{r['spec'] or 'float32'}` | {r['bits']:.3f} | {r['all_bits']:.3f} "
         f"| {r['perplexity']:.3f} | {r['nll']:.4f} | {words} | {order} "
-        f"| {r['seconds']:.1f} |"
+        f"| {'-' if r['seconds'] is None else round(r['seconds'], 1)} |"
     )
 
 
