@@ -78,7 +78,7 @@ def searched(solve, steps: int = 20):
 
         def error(a):
             s = scale(a)
-            total = 0.0
+            total = jnp.zeros(())
             for w in ws:
                 made = weights.materialize(solve(w * s[:, None], stats))
                 delta = w - made.astype(jnp.float32) / s[:, None]
