@@ -104,9 +104,3 @@ def _kernel(*refs, add: Callable):
     @pl.when(step == steps - 1)
     def _():
         lax.fori_loop(0, sum_ref.shape[0] // height, finish, None)
-
-
-def product(x, w):
-    """x w^T of int8 tiles, exact in int32."""
-    contract = (((1,), (1,)), ((), ()))
-    return lax.dot_general(x, w, contract, preferred_element_type=jnp.int32)

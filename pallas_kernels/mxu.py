@@ -99,6 +99,17 @@ def multiply_scaled(
         by_rows(lambda rows: finish(rows, every, acc_ref[rows, :]), len(x_ref), 32)
 
 
+def tiles(rows: int, outputs: int) -> tuple[int, int]:
+    """Rows and outputs of the tiles of many rows, which share a tile of the weight.
+
+    As many rows as VMEM holds, equal up to their padding to 32; of outputs, those are
+    best that least stand beyond them.
+    """
+    height = -(-rows // (32 * -(-rows // 2048))) * 32
+    choice = (1024, 768, 512) if rows > 256 else (512,)
+    return height, min(choice, key=lambda width: -(-outputs // width) * width)
+
+
 def depth(kind) -> int:
     """Inputs of one product of ``kind`` that the TPU in use multiplies best.
 

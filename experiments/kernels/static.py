@@ -79,8 +79,7 @@ def row(topology: str, op: str, name: str) -> dict:
     command = [sys.executable, __file__, "--compile", topology, op, name]
     case, chip = found_case(op, name), topology.partition(":")[0]
     moved = bytes_moved(op, case)
-    commit = environment()["commit"]
-    figures = {"chip": chip, "op": op, "case": name, "commit": commit, "bytes": moved}
+    figures = {"chip": chip, "op": op, "case": name, "bytes": moved}
     figures |= tpu_static.scheduled(command)
     if chip in CLOCK and "kernels" in figures:
         info = chip_info(topology)
@@ -178,7 +177,8 @@ def main(arguments: list[str]) -> int:
     report["environment"]["versions"]["libtpu"] = libtpu()
     for each in wanted:
         if given.only in text(*each):
-            kept[text(*each)] = row(*each)
+            made_by = {"commit": report["environment"]["commit"]}
+            kept[text(*each)] = made_by | row(*each)
             print(line(kept[text(*each)]), flush=True)
         order = [text(*each) for each in wanted]
         report["rows"] = [kept[name] for name in order if name in kept]

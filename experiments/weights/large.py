@@ -53,7 +53,6 @@ def with_jax(folder: Path, method: str) -> dict:
     from jaxllm import load, methods
     from jaxllm.core.batch import Batch
     from jaxllm.core.walk import Monitor
-    from jaxllm.evaluate.environment import environment
 
     model = load(str(folder / "model"))
     jax.block_until_ready(model.params)
@@ -70,7 +69,7 @@ def with_jax(folder: Path, method: str) -> dict:
     found["peak"] = peak()
     forward = jax.jit(lambda model, tokens: model(tokens))
     before, after = (np.asarray(forward(m, tokens[:1])) for m in (model, small))
-    return found | dict(drift=drift(before, after), environment=environment(SEED))
+    return found | dict(drift=drift(before, after))
 
 
 def with_torch(folder: Path) -> dict:
@@ -172,7 +171,10 @@ def main() -> None:
     data = dict(vars(options), width=WIDTH, hidden=HIDDEN, vocabulary=VOCABULARY)
     data |= dict(cores=os.cpu_count(), load=os.getloadavg()[0], rows=[])
     data = {k: v for k, v in data.items() if k not in ("worker", "folder", "only")}
-    data["command"] = " ".join(["python experiments/weights/large.py", *sys.argv[1:]])
+    from jaxllm.evaluate.environment import environment  # jax: not in every worker
+
+    command = " ".join(["python experiments/weights/large.py", *sys.argv[1:]])
+    data["environment"] = environment(SEED) | dict(command=command)
     with tempfile.TemporaryDirectory() as folder:
         child("make", folder, options)
         for name in (options.only,) if options.only else METHODS:

@@ -71,6 +71,7 @@ def searched(solve, steps: int = 20):
 
     def equivalence(ws, stats, site):
         magnitude = jnp.maximum(pooled(site, stats.moments.mean_absolute), SMALL)
+        h = stats.gram.mean
 
         def scale(a):
             s = jnp.maximum(magnitude**a, 1e-4)
@@ -82,7 +83,7 @@ def searched(solve, steps: int = 20):
             for w in ws:
                 made = weights.materialize(solve(w * s[:, None], stats))
                 delta = w - made.astype(jnp.float32) / s[:, None]
-                total += output_energy(stats.gram.mean, delta, PROBES)
+                total += output_energy(h, delta, PROBES)
             return total
 
         tried = jnp.arange(steps) / steps

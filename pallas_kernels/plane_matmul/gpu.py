@@ -68,12 +68,23 @@ def plane_matmul(
     hopper.require(interpret)
     _, held = places(kind)
     inputs, outputs = x.shape[-1], len(planes[0])
-    narrow, part, count = x.dtype == jnp.bfloat16, 8 // held, len(planes)
     if not x.size:
         return jnp.zeros((*x.shape[:-1], outputs), x.dtype)
+    options = dict(block=block, interpret=interpret, tuning=tuning)
     if kind == "trits":
-        shared = dict(block=block, interpret=interpret, tuning=tuning)
-        return trit_matmul(x, planes, scales, bias, **shared)
+        y = trit_matmul(x, planes, scales, **options)
+    else:
+        y = _packed_matmul(x, planes, scales, LEVELS[kind], held, **options)
+    if bias is None:
+        return y
+    wide = block_sums(x, block or inputs) @ bias.astype(jnp.float32).T
+    return (y + wide).astype(x.dtype)
+
+
+def _packed_matmul(x, planes, scales, levels, held, *, block, interpret, tuning):
+    """Planes of ``held`` entries to a byte, whose ``levels`` codes stand for."""
+    inputs, outputs = x.shape[-1], len(planes[0])
+    narrow, part, count = x.dtype == jnp.bfloat16, 8 // held, len(planes)
     for plane in planes:
         gpu_plan.refuse(inputs, outputs, part, block, None, (plane,))
     terms = hopper.terms(x)
@@ -81,9 +92,7 @@ def plane_matmul(
         shape = len(terms), inputs, outputs, part, block or inputs
         tuning = default_tuning(*shape, count, not narrow)
     many = jnp.pad(terms, ((0, -len(terms) % tuning.rows), (0, 0)))
-    plan = Plan(
-        len(many), inputs, outputs, block, narrow, tuning, count, part, LEVELS[kind]
-    )
+    plan = Plan(len(many), inputs, outputs, block, narrow, tuning, count, part, levels)
     size = min(plan.bytes, (block or inputs) * part // 8)
     ordered = fragments.in_order(many, plan.bytes, held)
     product = Product(
@@ -94,11 +103,7 @@ def plane_matmul(
         functools.partial(_consume, plan),
         [size],
     )
-    y = hopper.joined(product.run(interpret), x, outputs)
-    if bias is None:
-        return y
-    wide = block_sums(x, block or inputs) @ bias.astype(jnp.float32).T
-    return (y + wide).astype(x.dtype)
+    return hopper.joined(product.run(interpret), x, outputs)
 
 
 def default_tuning(rows, inputs, outputs, part, block, count, exact=False) -> Tuning:

@@ -27,7 +27,6 @@ from pallas_kernels.hopper import LANES, PROCESSORS
 from pallas_kernels.hopper_ring import Place, Product, Ring, Stream, Tuning
 from pallas_kernels.plane_matmul import fragments
 from pallas_kernels.plane_matmul.fragments import CHUNK, HELD
-from pallas_kernels.plane_matmul.reference import block_sums
 
 STEP = CHUNK * HELD  # inputs
 MOST_COLUMNS = 32  # of the product in which blocks have columns of their own
@@ -59,10 +58,8 @@ class Plan(hopper_ring.Plan):
         return lax.min(at, jnp.int32(self.blocks - self.columns))
 
 
-def trit_matmul(
-    x, planes, scales, bias, *, block: int | None, interpret: bool, tuning=None
-):
-    """``reference.plane_matmul`` of kind "trits", for x that is not empty.
+def trit_matmul(x, planes, scales, *, block: int | None, interpret: bool, tuning=None):
+    """``reference.plane_matmul`` of kind "trits" without bias, for x that is not empty.
 
     x is multiplied in bfloat16: wider x as two terms, high and low. Sums are float32,
     and so are scales for few rows, and for any of wider x; for many rows of bfloat16
@@ -109,11 +106,7 @@ def trit_matmul(
     if columns > 1:
         count = rows // columns
         y = y.reshape(count, columns, outputs).sum(1)
-    y = hopper.joined(y, x, outputs)
-    if bias is None:
-        return y
-    wide = block_sums(x, block or inputs) @ bias.astype(jnp.float32).T
-    return (y + wide).astype(x.dtype)
+    return hopper.joined(y, x, outputs)
 
 
 def _refuse(inputs: int, outputs: int, width: int, block: int | None) -> None:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.integer_tiles import Tuning, product, scaled_sums
+from pallas_kernels.integer_tiles import Tuning, scaled_sums
+from pallas_kernels.mxu import NT, product
 from pallas_kernels.plane_product.reference import check
 from pallas_kernels.quantized_matmul.reference import parts
 
@@ -75,7 +76,7 @@ def _add(x_refs, w_refs, sum_ref, *, widths):
         words = pltpu.bitcast(w_ref[...], jnp.int32)
         for field in range(8 // width):
             w = pltpu.bitcast(_field(words, field, width), jnp.int8)
-            sum_ref[...] += product(x_ref[field], w) << low
+            sum_ref[...] += product(x_ref[field], w, NT) << low
 
 
 def _field(words, field: int, width: int):

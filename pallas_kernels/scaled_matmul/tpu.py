@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mxu import depth, multiply_scaled
+from pallas_kernels.mxu import depth, multiply_scaled, tiles
 from pallas_kernels.scaled_matmul.reference import check
 
 
@@ -25,18 +25,8 @@ class Tuning:
 
 
 def default_tuning(rows: int, outputs: int, inputs: int, width: int) -> Tuning:
-    """Long sums, and as many rows to a tile of the weight as VMEM holds.
-
-    Tiles of rows are equal, up to their padding; of outputs, those are best that least
-    stand beyond them.
-    """
-    tiles = -(-rows // 2048)
-    choice = (1024, 768, 512) if rows > 256 else (512,)
-    return Tuning(
-        rows=_round_up(-(-rows // tiles), 32),
-        outputs=min(choice, key=lambda n: _round_up(outputs, n)),
-        inputs=_divisor(inputs, width, 5120),
-    )
+    """Long sums, and as many rows to a tile of the weight as VMEM holds."""
+    return Tuning(*tiles(rows, outputs), _divisor(inputs, width, 5120))
 
 
 def scaled_matmul(

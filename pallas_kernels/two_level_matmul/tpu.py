@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.integer_tiles import Tuning, product, scaled_sums
+from pallas_kernels.integer_tiles import Tuning, scaled_sums
+from pallas_kernels.mxu import NT, product
 from pallas_kernels.two_level_matmul.reference import check
 from pallas_kernels.two_level_matmul.tpu_many import PIECE, many_rows
 from pallas_kernels.two_level_matmul.tpu_many import default_tuning as many_tuning
@@ -114,7 +115,7 @@ def _add_few(x_ref, w_ref, scale_ref, zero_ref, x_sum_ref, sum_ref, *, block):
             words = pltpu.bitcast(w_ref[:, pl.ds(start // 2, 128)], jnp.int32)
             for at, code in ((start, words), (start + 128, words >> 4)):
                 w = pltpu.bitcast(_low(code), jnp.int8)
-                part += product(x_ref[:, pl.ds(at, 128)], w)
+                part += product(x_ref[:, pl.ds(at, 128)], w, NT)
         for i in range(together):
             g = slice(first + i, first + i + 1)
             own = part[i * rows : (i + 1) * rows]

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.integer_tiles import Tuning
-from pallas_kernels.mxu import by_rows, depth, multiply_scaled
+from pallas_kernels.mxu import by_rows, depth, multiply_scaled, tiles
 
 PIECE = 256  # inputs in the 128 bytes of whole lanes: low nibbles, then high ones
 GROUP = 128  # outputs whose scales are in registers at a time
@@ -27,12 +27,8 @@ MIDDLE = -0x7F7F7F80  # 128 in each byte
 
 
 def default_tuning(rows: int, outputs: int, inputs: int, unit: int) -> Tuning:
-    """Tiles of rows that are equal up to their padding, and fill VMEM with the rest."""
-    tiles = -(-rows // 2048)
-    height = -(-rows // (32 * tiles)) * 32
-    columns = min((1024, 768, 512), key=lambda n: -(-outputs // n) * n)
-    deep = Tuning.default(rows, inputs, unit).inputs
-    return Tuning(height, columns if rows > 256 else 512, deep)
+    """The longest sums, and as many rows to a tile of the weight as VMEM holds."""
+    return Tuning(*tiles(rows, outputs), Tuning.default(rows, inputs, unit).inputs)
 
 
 def many_rows(
