@@ -271,16 +271,19 @@ class Stats:
 
 
 def output_energy(
-    gram: Float[Array, "in in"], w: Float[Array, "in out"], probes: int | None = None
+    gram: Float[Array, "*experts in in"],
+    w: Float[Array, "*experts in out"],
+    probes: int | None = None,
 ) -> Float[Array, ""]:
-    """tr(WT H W): the mean square of x W, summed over outputs, for H = E[x xT].
+    """tr(WT H W): the mean square of x W, summed over outputs, for H = E[x xT];
+    experts' are added up.
 
     More than 8 ``probes`` outputs are measured on so many sums of them with random
     signs, without bias (Hutchinson's estimate): W's errors differ in sign from output
     to output, so that few probes tell nearly all, and H meets few columns.
     """
-    if probes is not None and w.shape[1] > 8 * probes:
-        signs = jax.random.rademacher(jax.random.key(0), (w.shape[1], probes), w.dtype)
+    if probes is not None and w.shape[-1] > 8 * probes:
+        signs = jax.random.rademacher(jax.random.key(0), (w.shape[-1], probes), w.dtype)
         w = w @ signs / probes**0.5
     return (w * (gram @ w)).sum()
 
