@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.core import weights
 from jaxllm.core.model import Params, Site, get, put
+from jaxllm.core.scales import Grid, projected
 from jaxllm.core.spec import expression
 from jaxllm.core.stats import output_energy
 
@@ -58,13 +59,13 @@ def smooth(alpha: float = 0.5):
 
 
 @expression(needs=("gram", "moments"))
-def searched(solve, steps: int = 20):
+def searched(grid: Grid, steps: int = 20):
     """AWQ (arXiv:2306.00978, eq. 4, 5): s = E|x|^a, a in [0, 1) with the least error.
 
-    The error is that of the consumers' outputs when ``solve`` rounds W s, measured
-    with the Gram matrix: sum of tr((W - V)T E[x xT] (W - V)), in layers of more than
-    512 outputs on random sums of them (``output_energy``). s is normalised by
-    sqrt(max s min s) as in the authors' code.
+    The error is that of the consumers' outputs when W s is rounded to ``grid``,
+    measured with the Gram matrix: sum of tr((W - V)T E[x xT] (W - V)), in layers of
+    more than 512 outputs on random sums of them (``output_energy``). s is normalised
+    by sqrt(max s min s) as in the authors' code.
     """
     if steps < 1:
         raise ValueError(f"steps {steps}; accepted: at least 1")
@@ -81,8 +82,7 @@ def searched(solve, steps: int = 20):
             s = scale(a)
             total = jnp.zeros(())
             for w in ws:
-                made = weights.materialize(solve(w * s[:, None], stats))
-                delta = w - made.astype(jnp.float32) / s[:, None]
+                delta = w - projected(grid, w * s[:, None]) / s[:, None]
                 total += output_energy(h, delta, PROBES)
             return total
 

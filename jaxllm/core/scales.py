@@ -297,20 +297,31 @@ def fit_all(
 
     A short last block is filled with zeros, of the importance ``target.filling``.
     """
-    count, out = w.shape
+    count = len(w)
     block = min(target.block or count, count)
-    short = -count % block
-    pad = lambda x: jnp.pad(x, ((0, short), (0, 0)))  # noqa: E731
-    blocks = pad(w).reshape(-1, block, out)
-    sides = ((0, short), *[(0, 0)] * (importance.ndim - 1))
+    sides = ((0, -count % block), *[(0, 0)] * (importance.ndim - 1))
     weights = jnp.pad(importance, sides, constant_values=target.filling)
     weights = weights.reshape(-1, block, *importance.shape[1:])
+    blocks = _blocks(w, block)
     if support is None:
         found = jax.vmap(lambda b, i: target.fit(b, i, None))(blocks, weights)
     else:
-        allowed = pad(support).reshape(-1, block, out)
-        found = jax.vmap(target.fit)(blocks, weights, allowed)
+        found = jax.vmap(target.fit)(blocks, weights, _blocks(support, block))
     return target.settle(found) if getattr(target, "two_level", False) else found
+
+
+def projected(grid: Grid, w: Float[Array, "in out"]) -> Float[Array, "in out"]:
+    """The weight that rounding to the nearest stores, without storing it."""
+    params = fit_all(grid, w, jnp.ones(len(w)), None)
+    each = jax.tree.map(lambda p: p[:, None], params)
+    blocks = grid.snap(_blocks(w, min(grid.block or len(w), len(w))), each)
+    return blocks.reshape(-1, w.shape[1])[: len(w)]
+
+
+def _blocks(w, block: int):
+    """[blocks, block, out]; zeros fill the last one."""
+    filled = jnp.pad(w, ((0, -len(w) % block), (0, 0)))
+    return filled.reshape(-1, block, w.shape[1])
 
 
 def group_of(target, count: int) -> Array:

@@ -28,6 +28,6 @@ def awq(
     s is folded into the preceding norm or linear map. ``clip`` searches the range of
     each group afterwards, by weight error where the paper uses output error.
     """
-    plain = nearest(Grid(Integer(bits), group_size, absmax()))
-    final = nearest(Grid(Integer(bits), group_size, mse() if clip else absmax()))
-    return sequence(rescale(searched(plain, steps)), compress(final))
+    plain = Grid(Integer(bits), group_size, absmax())
+    final = Grid(Integer(bits), group_size, mse() if clip else absmax())
+    return sequence(rescale(searched(plain, steps)), compress(nearest(final)))
