@@ -306,7 +306,8 @@ def fit_all(
     if support is None:
         found = jax.vmap(lambda b, i: target.fit(b, i, None))(blocks, weights)
     else:
-        found = jax.vmap(target.fit)(blocks, weights, _blocks(support, block))
+        allowed = _blocks(support.reshape(w.shape), block)
+        found = jax.vmap(target.fit)(blocks, weights, allowed)
     return target.settle(found) if getattr(target, "two_level", False) else found
 
 
