@@ -114,12 +114,12 @@ def test_gradients(op, platform, case):
     assert_near(loss(kernel), loss(reference), 2 * case.tolerance)
 
 
-@pytest.mark.parametrize("blocks", (1, 2, 8))
+@pytest.mark.parametrize("blocks", (1, 2, 32))
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_few_rows_on_a_cpu(bits, blocks):
     """Whatever the width, rows of bytes are read once, in whole vectors."""
     op, rng = OPS["quantized_matmul"], np.random.default_rng(bits)
-    rows, inputs, outputs = 1 + bits % 3, 512, 64
+    rows, inputs, outputs = 1 + bits % 3, 2048, 512
     planes = tuple(
         jnp.asarray(rng.integers(0, 256, (outputs, inputs * p // 8)), jnp.uint8)
         for p in (8, 4, 2, 1)
@@ -128,7 +128,7 @@ def test_few_rows_on_a_cpu(bits, blocks):
     scale = jnp.asarray(rng.uniform(0.5, 1.0, (outputs, blocks)), jnp.float16)
     zero = jnp.asarray(rng.uniform(0, 2**bits - 1, scale.shape), jnp.float16)
     x = jnp.asarray(rng.normal(size=(rows, inputs)), jnp.float32)
-    args = (x, planes, scale, zero if blocks < 8 else None)
+    args = (x, planes, scale, zero if blocks < 32 else None)
     options = {"bits": bits, "block": inputs // blocks if blocks > 1 else None}
     got = jax.jit(lambda *a: op.on("cpu", *a, **options))(*args)
     assert_near(got, op.reference(*args, **options), 1e-5)

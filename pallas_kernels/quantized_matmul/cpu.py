@@ -22,6 +22,7 @@ FEW = 32  # rows up to which products of raw codes win
 SLICE = 16  # outputs at a time for many rows: 16 x 4096 floats stay in a level-2 cache
 STEP = 128  # inputs at a time where all inputs share one scale
 SMALL = 2**15  # weights below which the reference is as good
+LARGE = 2**20  # weights from which lanes are worth the second that they compile for
 
 
 def quantized_matmul(
@@ -52,8 +53,9 @@ def quantized_matmul(
 
 
 def _product(x, planes, scale, zero, *, bits, block, middle) -> Array:
-    rows, fits = len(x), (_fits(x.shape[-1], scale, part) for part in parts(bits))
-    if 0 < rows <= LINE and all(fits):
+    rows, large = len(x), len(scale) * x.shape[-1] >= LARGE
+    fits = (_fits(x.shape[-1], scale, part) for part in parts(bits))
+    if 0 < rows <= LINE and large and all(fits):
         return _by_lanes(x, planes, scale, zero, bits=bits, middle=middle)
     if len(planes) > 1:
         raise NotImplementedError("several planes gain nothing from blocks")
