@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXLLM_TEST_PLATFORM", "cpu")
-
-
-def _flags() -> dict[str, int | str]:
-    """XLA's: eight devices, and programs that are a fifth quicker to make.
-
-    Tests compile nearly all of their time and run each program once. A flag that a
-    release does not know ends the process.
-    """
-    found: dict[str, int | str] = {"force_host_platform_device_count": 8}
-    if importlib.metadata.version("jaxlib").startswith("0.10."):
-        found["cpu_use_fusion_emitters"] = "false"
-    return {f"--xla_{name}": value for name, value in found.items()}
-
-
-_given = os.environ.get("XLA_FLAGS", "")
-_added = [f"{name}={value}" for name, value in _flags().items() if name not in _given]
-os.environ["XLA_FLAGS"] = " ".join([_given, *_added]).strip()
+_FLAG = "--xla_force_host_platform_device_count"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
