@@ -19,6 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
 from pallas_kernels import aot, choice, partition
+from pallas_kernels.quantized_matmul.cases import random_planes
+from pallas_kernels.shapes import Linear
 
 OPS = pallas_kernels.ops()
 PAIRS = [
@@ -120,11 +122,8 @@ def test_few_rows_on_a_cpu(bits, blocks):
     """Whatever the width, rows of bytes are read once, in whole vectors."""
     op, rng = OPS["quantized_matmul"], np.random.default_rng(bits)
     rows, inputs, outputs = 1 + bits % 3, 2048, 512
-    planes = tuple(
-        jnp.asarray(rng.integers(0, 256, (outputs, inputs * p // 8)), jnp.uint8)
-        for p in (8, 4, 2, 1)
-        if bits & p
-    )
+    keys = iter(jax.random.split(jax.random.key(bits), 3))
+    planes = random_planes(keys, Linear("any", "any", inputs, outputs), bits)
     scale = jnp.asarray(rng.uniform(0.5, 1.0, (outputs, blocks)), jnp.float16)
     zero = jnp.asarray(rng.uniform(0, 2**bits - 1, scale.shape), jnp.float16)
     x = jnp.asarray(rng.normal(size=(rows, inputs)), jnp.float32)

@@ -22,7 +22,9 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from jaxllm.evaluate.environment import environment
-from pallas_kernels.quantized_matmul.reference import parts
+from jaxllm.evaluate.render import publish
+from pallas_kernels.quantized_matmul.cases import make
+from pallas_kernels.shapes import Linear
 
 HERE = Path(__file__).resolve().parent
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))  # inputs, outputs
@@ -33,13 +35,9 @@ GROUP, ROUNDS, SEED = 128, 12, 0
 
 def packed(key, shape: tuple[int, int], bits: int) -> Callable:
     """The product with a random weight of packed codes, as a function of x."""
-    inputs, outputs = shape
-    keys = jax.random.split(key, 5)
-    planes = tuple(
-        jax.random.bits(k, (outputs, inputs * part // 8), jnp.uint8)
-        for k, part in zip(keys, parts(bits), strict=False)
-    )
-    scale = jax.random.uniform(keys[-1], (outputs, inputs // GROUP), jnp.float32)
+    linear = Linear("llama3-8b", "any", *shape)
+    sizes = {"rows": 1, "linear": linear, "bits": bits, "block": GROUP}
+    _, planes, scale, _ = make(key, **sizes, zeros=False, rank=0, dtype=jnp.float32)
     op = pallas_kernels.ops()["quantized_matmul"]
     run = jax.jit(lambda x, *w: op.on("cpu", x, *w, bits=bits, block=GROUP))
     return lambda x: run(x, planes, scale)
@@ -51,7 +49,7 @@ def dense(key, shape: tuple[int, int]) -> Callable:
 
 
 def fastest(sides: dict[str, Callable], x) -> dict[str, float]:
-    """Seconds of each side's fastest call; None where a side refuses the case."""
+    """Seconds of each side's fastest call; sides that refuse the case are left out."""
     found: dict[str, float] = {}
     for turn in range(ROUNDS + 1):  # the first compiles
         for name, side in sides.items():
@@ -112,10 +110,8 @@ def main() -> None:
     data["environment"] = environment(SEED) | {"command": command}
     data["cells"] = cells()
     text = json.dumps(data, indent=1) + "\n"
-    for name, made in (("cpu.json", text), ("cpu.md", table(data))):
-        partial = HERE / f".{name}.partial"
-        partial.write_text(made, encoding="utf-8")
-        partial.replace(HERE / name)
+    made = {"cpu.json": text, "cpu.md": table(data)}
+    publish(HERE, {k: lambda path, v=v: path.write_text(v) for k, v in made.items()})
 
 
 if __name__ == "__main__":

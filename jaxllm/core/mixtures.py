@@ -33,8 +33,8 @@ class AcrossOutputs:
 
     def fit(self, block, importance, support=None):
         """Parameters of one input [1, out], spread over the outputs: [out] each."""
-        line = jnp.swapaxes(block, 0, 1)
-        found = fit_all(self.grid, line, jnp.ones(len(line)), support)
+        line, allowed = block.T, None if support is None else support.T
+        found = fit_all(self.grid, line, jnp.ones(len(line)), allowed)
         return jax.tree.map(lambda p: p[group_of(self.grid, len(line)), 0], found)
 
     def snap(self, values, params):

@@ -291,23 +291,18 @@ def _stored(value, dtype):
 
 
 def fit_all(
-    target, w: Float[Array, "in out"], importance, support: Bool[Array, "..."] | None
+    target, w: Float[Array, "in out"], importance, support: Bool[Array, "in out"] | None
 ):
     """Parameters of all blocks of a weight, stacked [groups, ...].
 
     A short last block is filled with zeros, of the importance ``target.filling``.
     """
-    count = len(w)
-    block = min(target.block or count, count)
-    sides = ((0, -count % block), *[(0, 0)] * (importance.ndim - 1))
-    weights = jnp.pad(importance, sides, constant_values=target.filling)
-    weights = weights.reshape(-1, block, *importance.shape[1:])
-    blocks = _blocks(w, block)
+    blocks = _blocks(target, w)
+    weights = _blocks(target, importance, target.filling)
     if support is None:
         found = jax.vmap(lambda b, i: target.fit(b, i, None))(blocks, weights)
     else:
-        allowed = _blocks(support.reshape(w.shape), block)
-        found = jax.vmap(target.fit)(blocks, weights, allowed)
+        found = jax.vmap(target.fit)(blocks, weights, _blocks(target, support))
     return target.settle(found) if getattr(target, "two_level", False) else found
 
 
@@ -315,14 +310,17 @@ def projected(grid: Grid, w: Float[Array, "in out"]) -> Float[Array, "in out"]:
     """The weight that rounding to the nearest stores, without storing it."""
     params = fit_all(grid, w, jnp.ones(len(w)), None)
     each = jax.tree.map(lambda p: p[:, None], params)
-    blocks = grid.snap(_blocks(w, min(grid.block or len(w), len(w))), each)
+    blocks = grid.snap(_blocks(grid, w), each)
     return blocks.reshape(-1, w.shape[1])[: len(w)]
 
 
-def _blocks(w, block: int):
-    """[blocks, block, out]; zeros fill the last one."""
-    filled = jnp.pad(w, ((0, -len(w) % block), (0, 0)))
-    return filled.reshape(-1, block, w.shape[1])
+def _blocks(target, x, filling=0.0):
+    """[blocks, block, ...] of an array [in, ...]; ``filling`` ends the last one."""
+    count = len(x)
+    block = min(target.block or count, count)
+    sides = ((0, -count % block), *[(0, 0)] * (x.ndim - 1))
+    filled = jnp.pad(x, sides, constant_values=filling)
+    return filled.reshape(-1, block, *x.shape[1:])
 
 
 def group_of(target, count: int) -> Array:
