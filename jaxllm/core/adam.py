@@ -26,25 +26,31 @@ def adam_updates(slopes, state) -> tuple[Any, Any]:
 
 
 class Best(NamedTuple):
-    """The value of the least loss so far, that loss, and the loss at the start."""
+    """The value of the least loss so far; that loss, those at the start and the end."""
 
     value: Any
     least: Float[Array, ""]
     first: Float[Array, ""]
+    last: Float[Array, ""]
 
     @classmethod
     def start(cls, value, loss) -> Best:
-        return cls(value, loss, loss)
+        return cls(value, loss, loss, loss)
 
     def or_this(self, value, loss) -> Best:
         """The better of the two; a diverged loss is no number and never wins."""
         keep: Any = functools.partial(jnp.where, loss < self.least)
         kept = jax.tree.map(keep, value, self.value)
-        return Best(kept, keep(loss, self.least), self.first)
+        return Best(kept, keep(loss, self.least), self.first, loss)
+
+    def errors(self) -> dict[str, Float[Array, ""]]:
+        """The three losses under the names that events give them."""
+        first, least, last = self.first, self.least, self.last
+        return dict(error_before=first, error_after=least, error_last=last)
 
     def note(self, monitor: Monitor | None, step: str) -> None:
         """One event of the whole model; nothing where only shapes are known."""
         if monitor is None or traced(self.least):
             return
-        losses = dict(error_before=float(self.first), error_after=float(self.least))
-        monitor.events.append(dict(step=step, path="model") | losses)
+        losses = {name: float(loss) for name, loss in self.errors().items()}
+        monitor.note(dict(step=step, path="model") | losses)

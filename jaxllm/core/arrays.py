@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, TypeVar, Union
 
 import jax
@@ -31,6 +32,23 @@ def to_rank(x: jax.Array, ndim: int) -> jax.Array:
 def as_stored(x: jax.Array) -> jax.Array:
     """``x`` in float32 with the values of bfloat16, in which scales are stored."""
     return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def peak(x: jax.Array, axis: int = -1) -> jax.Array:
+    """The largest value along an axis, which is kept; its first place has the gradient.
+
+    ``jnp.max`` divides its gradient by the number of elements that equal the largest.
+    A compiler that computes ``x`` twice, rounding differently, may find none of them.
+    """
+    return x.max(axis, keepdims=True)
+
+
+@peak.defjvp
+def _peak_slope(axis: int, values, slopes):
+    (x,), (slope,) = values, slopes
+    place = x.argmax(axis, keepdims=True)
+    return peak(x, axis), jnp.take_along_axis(slope, place, axis)
 
 
 def traced(tree: Any) -> bool:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core import weights
+from jaxllm.core.arrays import peak
 from jaxllm.core.compose import Context, inside
 from jaxllm.core.formats import ActivationFormat
 from jaxllm.core.model import Model, Params, Site, get, layer_key, put
@@ -245,12 +246,12 @@ class Softened(Straight):
     def round(self, x):
         wide = x.astype(jnp.float32)
         if self.symmetric:
-            peak = jnp.abs(wide).max(-1, keepdims=True) * self.clip
-            wide = jnp.clip(wide, -peak, peak)
+            span = peak(jnp.abs(wide)) * self.clip
+            wide = jnp.clip(wide, -span, span)
         else:
-            high = jnp.maximum(wide.max(-1, keepdims=True), 0.0)
-            peak = (high - jnp.minimum(wide.min(-1, keepdims=True), 0.0)) * self.clip
-        scale = jnp.maximum(peak, 1e-9)
+            high, low = (jnp.maximum(peak(x), 0.0) for x in (wide, -wide))
+            span = (high + low) * self.clip
+        scale = jnp.maximum(span, 1e-9)
         values = ActivationFormat.round(self, x).astype(jnp.float32)
         unit = straight_through(values / scale, wide / scale)
         return straight_through(values, unit * scale).astype(x.dtype)

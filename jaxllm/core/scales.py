@@ -297,12 +297,12 @@ def fit_all(
 
     A short last block is filled with zeros, of the importance ``target.filling``.
     """
-    blocks = _blocks(target, w)
-    weights = _blocks(target, importance, target.filling)
+    blocks = in_blocks(target, w)
+    weights = in_blocks(target, importance, target.filling)
     if support is None:
         found = jax.vmap(lambda b, i: target.fit(b, i, None))(blocks, weights)
     else:
-        found = jax.vmap(target.fit)(blocks, weights, _blocks(target, support))
+        found = jax.vmap(target.fit)(blocks, weights, in_blocks(target, support))
     return target.settle(found) if getattr(target, "two_level", False) else found
 
 
@@ -310,11 +310,11 @@ def projected(grid: Grid, w: Float[Array, "in out"]) -> Float[Array, "in out"]:
     """The weight that rounding to the nearest stores, without storing it."""
     params = fit_all(grid, w, jnp.ones(len(w)), None)
     each = jax.tree.map(lambda p: p[:, None], params)
-    blocks = grid.snap(_blocks(grid, w), each)
+    blocks = grid.snap(in_blocks(grid, w), each)
     return blocks.reshape(-1, w.shape[1])[: len(w)]
 
 
-def _blocks(target, x, filling=0.0):
+def in_blocks(target, x, filling=0.0):
     """[blocks, block, ...] of an array [in, ...]; ``filling`` ends the last one."""
     count = len(x)
     block = min(target.block or count, count)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
@@ -71,6 +73,14 @@ class Monitor:
     store: Store | None = None
     offload: bool = False
     events: list[dict] = dataclasses.field(default_factory=list)
+
+    def note(self, event: dict) -> None:
+        """Keep an event, less ``error_last``: a last loss that is no number is told."""
+        last = event.pop("error_last", 0.0)
+        self.events.append(event)
+        if not math.isfinite(last):
+            says = f"{event['step']} at {event['path']}: the loss diverged"
+            warnings.warn(f"{says}; the best state before is kept", stacklevel=2)
 
     def track(self, items: Iterable, label: str, total: int) -> Iterable:
         """A progress bar that appears when the work takes over two seconds."""
@@ -169,7 +179,7 @@ def _note(monitor: Monitor, event: dict, start: float, params, notes: dict) -> N
     jax.block_until_ready(leaves)
     seconds = round(time.perf_counter() - start, 4)
     notes = {k: float(v) for k, v in notes.items()}
-    monitor.events.append(event | dict(seconds=seconds) | notes)
+    monitor.note(event | dict(seconds=seconds) | notes)
 
 
 class _Hidden:

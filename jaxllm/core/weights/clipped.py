@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxllm.core.arrays import Leaf, to_rank
+from jaxllm.core.arrays import Leaf, peak, to_rank
 from jaxllm.core.weights import base
 from jaxllm.core.weights.base import Names, Preceded
 
@@ -26,8 +26,7 @@ class Clipped(Preceded):
     share: Leaf[Float[Array, "*lead"]]
 
     def before(self, x):
-        peak = jnp.abs(x).max(-1, keepdims=True)
-        top = peak * to_rank(self.share, x.ndim).astype(x.dtype)
+        top = peak(jnp.abs(x)) * to_rank(self.share, x.ndim).astype(x.dtype)
         return jnp.clip(x, -top, top)
 
     def axes(self, names: Names) -> Clipped:
