@@ -407,7 +407,8 @@ def test_one_shard_in_host_memory(tmp_path):
     for format, path in (("gptq", "out"), ("awq", "awq")):
         tracemalloc.start()
         export_model(small, tmp_path / path, format, shard_bytes=largest)
-        assert tracemalloc.get_traced_memory()[1] < 12 * largest
+        # three copies of one weight in int32 and some; all codes are 30 times largest
+        assert tracemalloc.get_traced_memory()[1] < 14 * largest
         tracemalloc.stop()
 
 
