@@ -400,15 +400,14 @@ def test_settings_that_we_do_not_read_are_named(tmp_path, format, changes, messa
 
 
 def test_one_shard_in_host_memory(tmp_path):
-    layer = Layer(Attention(4, 4, 64), MLP(512))
+    layer = Layer(Attention(4, 4, 64), MLP(2048))
     small = rtn(bits=4, group_size=128)(model(layer, 256, layers=(layer,) * 6))
-    largest = 256 * 512  # codes of one weight, unpacked
+    largest = 256 * 2048  # codes of one weight, unpacked; tracing takes megabytes too
     make_plan(small.config)
     for format, path in (("gptq", "out"), ("awq", "awq")):
         tracemalloc.start()
         export_model(small, tmp_path / path, format, shard_bytes=largest)
-        # three copies of one weight in int32 and some; all codes are 30 times largest
-        assert tracemalloc.get_traced_memory()[1] < 14 * largest
+        assert tracemalloc.get_traced_memory()[1] < 12 * largest
         tracemalloc.stop()
 
 

@@ -158,7 +158,7 @@ def test_what_is_learned_is_what_is_stored(kind, symmetric, batches):
 @pytest.mark.parametrize("goal", (last_hidden(), next_token()))
 def test_learning_lowers_the_error_that_is_then_deployed(goal, batches):
     model, monitor = build("llama"), Monitor(progress=False)
-    spec = f"mobilequant(3, 6, epochs=10, rates=(0.02, 0.05, 0.02), goal={goal})"
+    spec = f"mobilequant(3, 6, epochs=8, rates=(0.02, 0.05, 0.02), goal={goal})"
     made = methods.parse(spec)(model, batches, monitor=monitor)
     event = monitor.events[-1]
     assert event["error_after"] < 0.9 * event["error_before"]

@@ -28,6 +28,7 @@ from jaxllm.core.spec import encode
 from jaxllm.data.corpora import documents
 from jaxllm.data.loader import batches
 from jaxllm.data.tokenizers import load_tokenizer
+from jaxllm.evaluate.render import rewrite
 from jaxllm.models.builtin import ASSETS, save_builtin
 from jaxllm.models.transformer import parameter_count
 from jaxllm.train.config import TrainConfig, train_config
@@ -60,9 +61,9 @@ def main() -> None:
     record = describe(config, model, rows)
     record |= {"commit": arguments.commit or head(), "note": arguments.note}
     save_builtin(model, arguments.out)
-    write(arguments.out / "training.json", json.dumps(record, indent=1) + "\n")
+    rewrite(arguments.out / "training.json", json.dumps(record, indent=1) + "\n")
     lines = (json.dumps(row) + "\n" for row in thinned(rows))
-    write(arguments.out / "training.jsonl", "".join(lines))
+    rewrite(arguments.out / "training.jsonl", "".join(lines))
     plot(rows, arguments.out / "loss.png")
     print(json.dumps(record["evaluation"], indent=1))
 
@@ -153,12 +154,6 @@ def head() -> str:
     command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
-
-
-def write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from jaxllm.evaluate.environment import environment
-from jaxllm.evaluate.render import publish
+from jaxllm.evaluate.render import rewrite
 from pallas_kernels.quantized_matmul.cases import make
 from pallas_kernels.shapes import Linear
 
@@ -109,9 +109,8 @@ def main() -> None:
     command = " ".join(["python", "experiments/kernels/cpu.py", *sys.argv[1:]])
     data["environment"] = environment(SEED) | {"command": command}
     data["cells"] = cells()
-    text = json.dumps(data, indent=1) + "\n"
-    made = {"cpu.json": text, "cpu.md": table(data)}
-    publish(HERE, {k: lambda path, v=v: path.write_text(v) for k, v in made.items()})
+    rewrite(HERE / "cpu.json", json.dumps(data, indent=1) + "\n")
+    rewrite(HERE / "cpu.md", table(data))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import truth
 
 import pallas_kernels
 from jaxllm.evaluate.environment import environment
+from jaxllm.evaluate.render import rewrite
 from pallas_kernels import tuning
 
 HERE = Path(__file__).resolve().parent
@@ -110,12 +111,6 @@ def rows(platform: str, found: list[tuple], limit: dict, seed: int, until: float
             yield row | {"peers": peers.measure(op.name, case, platform)}
 
 
-def write(path: Path, data: dict) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n")
-    partial.replace(path)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="part of op/case")
@@ -140,7 +135,7 @@ def main() -> int:
     for row in rows(platform, found, head["ceilings"], options.seed, until):
         made.append(row)
         print(json.dumps(row), flush=True)
-        write(path, head | {"rows": made})
+        rewrite(path, json.dumps(head | {"rows": made}, indent=1) + "\n")
     return any(not row.get("within_tolerance", True) for row in made)
 
 

@@ -20,6 +20,7 @@ import jax
 
 import pallas_kernels
 from jaxllm.evaluate.environment import environment
+from jaxllm.evaluate.render import rewrite
 from pallas_kernels import aot, compat, quantized_matmul, tpu_static
 from pallas_kernels.shapes import LLAMA3_8B
 
@@ -182,8 +183,8 @@ def main(arguments: list[str]) -> int:
             print(line(kept[text(*each)]), flush=True)
         order = [text(*each) for each in wanted]
         report["rows"] = [kept[name] for name in order if name in kept]
-        given.out.write_text(json.dumps(report, indent=1) + "\n")
-        given.out.with_suffix(".md").write_text(table(report))
+        rewrite(given.out, json.dumps(report, indent=1) + "\n")
+        rewrite(given.out.with_suffix(".md"), table(report))
     return 0
 
 

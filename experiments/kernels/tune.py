@@ -23,6 +23,7 @@ import numpy as np
 import timing
 
 import pallas_kernels
+from jaxllm.evaluate.render import rewrite
 from pallas_kernels import tuning
 
 GAIN = 0.97  # of the default's time that a candidate must stay below
@@ -135,11 +136,8 @@ def _agrees(function, arguments, want) -> bool:
 
 
 def write(path: Path, table: dict) -> None:
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     tuning.validate(table, path.name)
-    partial.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    partial.replace(path)
+    rewrite(path, json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from faults import FAULTS, Fault
 
 from jaxllm.evaluate.environment import environment
+from jaxllm.evaluate.render import rewrite
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
@@ -122,10 +123,8 @@ def main() -> int:
         print("without a fault all of these pass", flush=True)
     data = dict(environment=environment(seed=0), rows=rows)
     if chosen == list(FAULTS):  # a part of them is a trial
-        text = json.dumps(data, indent=1) + "\n"
-        for file, made in (("results.json", text), ("results.md", markdown(data))):
-            (HERE / f".{file}").write_text(made, encoding="utf-8")
-            (HERE / f".{file}").replace(HERE / file)
+        rewrite(HERE / "results.json", json.dumps(data, indent=1) + "\n")
+        rewrite(HERE / "results.md", markdown(data))
     return sum(not row["caught"] for row in rows)
 
 

@@ -174,6 +174,7 @@ def main() -> None:
     data |= dict(cores=os.cpu_count(), load=os.getloadavg()[0], rows=[])
     data = {k: v for k, v in data.items() if k not in ("worker", "folder", "only")}
     from jaxllm.evaluate.environment import environment  # jax: not in every worker
+    from jaxllm.evaluate.render import rewrite
 
     command = " ".join(["python experiments/weights/large.py", *sys.argv[1:]])
     data["environment"] = environment(SEED) | dict(command=command)
@@ -184,11 +185,9 @@ def main() -> None:
             row = data["rows"][-1]
             seconds, most = row["seconds"], row["peak"] / 1e9
             print(f"{name}: {seconds:.1f} s, {most:.2f} GB", flush=True)
-    text = json.dumps(data, indent=1) + "\n"
     if not options.only:
-        for name, made in (("large.json", text), ("large.md", markdown(data))):
-            (HERE / f".{name}").write_text(made, encoding="utf-8")
-            (HERE / f".{name}").replace(HERE / name)
+        rewrite(HERE / "large.json", json.dumps(data, indent=1) + "\n")
+        rewrite(HERE / "large.md", markdown(data))
     return None
 
 

@@ -35,6 +35,7 @@ from jaxllm.evaluate import choose, cloze
 from jaxllm.evaluate.choice import Question, encode_pair
 from jaxllm.evaluate.environment import environment
 from jaxllm.evaluate.ground import NAMES, Ground, expanded, ground
+from jaxllm.evaluate.render import rewrite
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"
@@ -137,7 +138,7 @@ def save(data: dict, rows: dict, options) -> None:
     lines = ",\n".join(f"  {json.dumps(row)}" for row in data["rows"])
     text = text.replace('"rows": []', f'"rows": [\n{lines}\n ]')
     text = text.replace(str(data_folder()), "JAXLLM_DATA")
-    replace(RESULTS, text + "\n")
+    rewrite(RESULTS, text + "\n")
 
 
 @functools.cache
@@ -148,15 +149,8 @@ def places() -> dict[tuple[str, str], int]:
 
 def show(data: dict) -> None:
     """``results.md`` and ``pareto.png``."""
-    replace(HERE / "results.md", tables.markdown(data))
+    rewrite(HERE / "results.md", tables.markdown(data))
     tables.plot(data["rows"], HERE / "pareto.png")
-
-
-def replace(path: Path, text: str) -> None:
-    """A file's new text, written under another name first."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def main() -> None:

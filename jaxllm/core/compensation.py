@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxllm.core.arrays import as_stored
 from jaxllm.core.formats import TINY, Format
 from jaxllm.core.reconstruct import Parametrization, straight_through
-from jaxllm.core.scales import Grid, fit_all, group_of, mse
+from jaxllm.core.scales import Grid, fit_all, group_of, group_peaks, mse
 from jaxllm.core.spec import expression
 
 WIDE = 0.98  # ranges start at most so wide: beyond, sigmoid has no slope
@@ -29,19 +29,17 @@ def compensated(format: Format, group_size: int | None = None, rank: int = 1):
 
     def begin(w, stats, key):
         scale, _ = fit_all(grid, w, jnp.ones(len(w)), None)
-        share = scale * format.largest / jnp.maximum(peaks(w, len(scale)), TINY)
+        peaks = group_peaks(grid, jnp.abs(w))
+        share = scale * format.largest / jnp.maximum(peaks, TINY)
         gamma = jax.scipy.special.logit(jnp.clip(share, 0.1, WIDE))
         b = jnp.zeros((rank, w.shape[1]))
         return dict(gamma=gamma, a=jnp.ones((len(w), rank)), b=b)
 
-    def peaks(w, count: int):
-        return jax.ops.segment_max(jnp.abs(w), group_of(grid, len(w)), count)
-
     def moved(theta, w):
         """W + a b and its scales [groups, out], as stored, with gradients."""
         w = w + theta["a"] @ theta["b"]
-        peak = peaks(w, len(theta["gamma"]))
-        scale = jax.nn.sigmoid(theta["gamma"]) * peak / format.largest
+        peaks = group_peaks(grid, jnp.abs(w))
+        scale = jax.nn.sigmoid(theta["gamma"]) * peaks / format.largest
         scale = jnp.maximum(scale, TINY)
         stored = as_stored(scale)
         return w, straight_through(stored, scale)

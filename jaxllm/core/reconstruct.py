@@ -17,11 +17,11 @@ import jax.numpy as jnp
 
 from jaxllm.core import weights
 from jaxllm.core.adam import Best, adam_state, adam_updates
-from jaxllm.core.arrays import as_stored, peak
+from jaxllm.core.arrays import as_stored
 from jaxllm.core.compose import Context, inside
 from jaxllm.core.formats import TINY, Integer
 from jaxllm.core.model import Model, get, layer_key, put
-from jaxllm.core.scales import Grid, group_of, in_blocks
+from jaxllm.core.scales import Grid, group_of, group_peaks
 from jaxllm.core.spec import expression, marked
 from jaxllm.core.walk import Seen, walk
 
@@ -81,7 +81,7 @@ def _clipped(grid: Grid, theta, w):
     """Scale and zero point [groups, out] (or None), as stored, with gradients."""
     last = grid.format.codes - 1
     share = {name: jax.nn.sigmoid(logit) for name, logit in theta.items()}
-    high, low = (jnp.maximum(_group_peaks(grid, x), 0.0) for x in (w, -w))
+    high, low = (jnp.maximum(group_peaks(grid, x), 0.0) for x in (w, -w))
     stored = lambda scale: straight_through(as_stored(scale), scale)  # noqa: E731
     if grid.format.symmetric:
         scale = share["gamma"] * jnp.maximum(high, low) / grid.format.largest
@@ -90,11 +90,6 @@ def _clipped(grid: Grid, theta, w):
     scale = stored(jnp.maximum((high + low) / last, TINY))
     zero = low / scale
     return scale, straight_through(jnp.clip(jnp.round(zero), 0, last), zero)
-
-
-def _group_peaks(grid: Grid, w):
-    """The largest value of each group, [groups, out]."""
-    return peak(in_blocks(grid, w, -jnp.inf), 1)[:, 0]
 
 
 @expression

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from jaxllm.core.arrays import peak
 from jaxllm.core.formats import TINY, Choice, Format
 from jaxllm.core.spec import expression
 from jaxllm.core.weights import Quantized
@@ -321,6 +322,11 @@ def in_blocks(target, x, filling=0.0):
     sides = ((0, -count % block), *[(0, 0)] * (x.ndim - 1))
     filled = jnp.pad(x, sides, constant_values=filling)
     return filled.reshape(-1, block, *x.shape[1:])
+
+
+def group_peaks(target, w: Float[Array, "in out"]) -> Float[Array, "groups out"]:
+    """The largest value of each block of inputs, with its gradient."""
+    return peak(in_blocks(target, w, -jnp.inf), 1)[:, 0]
 
 
 def group_of(target, count: int) -> Array:

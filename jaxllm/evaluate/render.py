@@ -120,6 +120,13 @@ def _surroundings(found: dict[str, Any]) -> str:
     return "\n".join(f"* {k}: {v}" for k, v in lines.items() if v is not None)
 
 
+def rewrite(path: Path, text: str) -> None:
+    """A text file whose new text appears whole or not at all."""
+    publish(
+        path.parent, {path.name: lambda part: part.write_text(text, encoding="utf-8")}
+    )
+
+
 def publish(folder: Path, files: dict[str, Callable[[Path], object]]) -> Path:
     """Write all files under temporary names, then rename them."""
     folder.mkdir(parents=True, exist_ok=True)
