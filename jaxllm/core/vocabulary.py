@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from types import ModuleType
 
-from jaxllm.core import (
+from jaxllm.core import (  # noqa: F401
     additive,
     affine,
     allocate,
@@ -54,58 +54,13 @@ from jaxllm.core import (
     whole,
     width,
 )
-from jaxllm.core.formats import activation, base, mixed, tables
+from jaxllm.core.formats import activation, base, mixed, tables  # noqa: F401
 
-MODULES: tuple[ModuleType, ...] = (
-    additive,
-    affine,
-    allocate,
-    channel_scales,
-    codebooks,
-    compensation,
-    compose,
-    descent,
-    depth,
-    equivalences,
-    evolution,
-    exempt,
-    base,
-    tables,
-    activation,
-    mixed,
-    gates,
-    incoherence,
-    inputs,
-    l0,
-    latency,
-    learned,
-    masks,
-    metrics,
-    mixtures,
-    ordering,
-    patterns,
-    ranges,
-    ranks,
-    reassembly,
-    reconstruct,
-    regrow,
-    removal,
-    rescale,
-    rotations,
-    scales,
-    search,
-    sensitivity,
-    solvers,
-    spin,
-    splits,
-    tensors,
-    stacks,
-    tokens,
-    two_level,
-    units,
-    vectors,
-    whole,
-    width,
+# A module of core belongs to the vocabulary where it is imported above.
+MODULES = tuple(
+    module
+    for module in tuple(globals().values())
+    if isinstance(module, ModuleType) and module.__name__.startswith("jaxllm.core.")
 )
 
 
