@@ -119,6 +119,25 @@ class Ring(NamedTuple):
     staged: object = None  # only in the interpreter
 
 
+class Term(NamedTuple):
+    """Added to the product: x L [rows, rank] times R [rank, outputs], in bfloat16."""
+
+    x: Any
+    w: Any
+
+    def bytes(self, plan: Plan) -> int:
+        """Of shared memory, which holds one tile of each."""
+        return 2 * len(self.w) * (plan.tile + plan.tuning.rows)
+
+    def scratch(self, plan: Plan) -> dict[str, Any]:
+        rank = len(self.w)  # wgmma wants equal swizzles on both sides
+        return dict(
+            term_x=hopper.tiles((plan.tuning.rows, rank), jnp.bfloat16, 2 * rank),
+            term_w=hopper.tiles((rank, plan.tile), jnp.bfloat16, 2 * rank),
+            term_full=plgpu.Barrier(num_barriers=1, num_arrivals=2),
+        )
+
+
 class Place(NamedTuple):
     """The first step of this block of threads, a warpgroup, its first output (``row``
     of W), and the first row of x (``batch``)."""
@@ -135,7 +154,8 @@ class Product:
 
     ``consume(ring, others, place)`` returns a warpgroup's sums [64, rows] in float32.
     ``staged`` are widths of operands in shared memory, for the interpreter's wgmma,
-    which takes none from registers.
+    which takes none from registers. Each split of the inputs adds its share of
+    ``term``, whose products wait until then.
     """
 
     plan: Plan
@@ -144,10 +164,12 @@ class Product:
     others: Sequence[Any]
     consume: Callable
     staged: Sequence[int]
+    term: Term | None = None
 
     def run(self, interpret: bool):
         """[rows, outputs], or where the plan is partial float32 of the same."""
         operands = (*(s.array for s in (*self.x, *self.w)), *self.others)
+        operands += self.term or ()
         with compat.interpret_gpu() if interpret else contextlib.nullcontext():
             y = self._call(interpret)(*operands)
         return y.sum(0).T if self.plan.partial else y
@@ -167,6 +189,8 @@ class Product:
                 plgpu.SMEM((t.warpgroups, LANES, width), self.x[0].array.dtype)
                 for width in self.staged
             ]
+        if self.term:
+            scratch |= self.term.scratch(plan)
         return plgpu.kernel(
             self._body,
             out_type=hopper.result_type(
@@ -180,9 +204,10 @@ class Product:
             compiler_params=plgpu.CompilerParams(approx_math=True),
         )
 
-    def _body(self, *refs, out, x, w, full, empty, staged=None):
+    def _body(self, *refs, out, x, w, full, empty, staged=None, **term):
         plan, t = self.plan, self.plan.tuning
         *others, y = refs[len(x) + len(w) :]
+        others, pair = others[: len(self.others)], others[len(self.others) :]
         ring = Ring(x, w, full, empty, staged)
         split, n, m = (lax.axis_index(name) for name in ("split", "out", "row"))
         warpgroup = lax.axis_index("warpgroup")
@@ -191,6 +216,8 @@ class Product:
         @pl.when(warpgroup == t.warpgroups)
         def _():
             plgpu.set_max_registers(40, action="decrease")
+            if term:
+                self._fetch(pair, term, n * plan.tile, m * t.rows)
             self._produce(ring, refs, (first, n * plan.tile, m * t.rows))
 
         @pl.when(warpgroup < t.warpgroups)
@@ -199,8 +226,30 @@ class Product:
             row = n * plan.tile + warpgroup * LANES
             place = Place(first, row, warpgroup, m * t.rows)
             total = self.consume(ring, others, place)
+            if term:
+                total = total + self._share(term, place)
             here, rows = pl.ds(row, LANES), pl.ds(m * t.rows, t.rows)
             hopper.store(total, out.at[warpgroup], y, split, here, rows, plan.partial)
+
+    def _fetch(self, pair, term, n, m) -> None:
+        """Copy this block's tiles of the term; its sums wait for them, last."""
+        rows, outputs = pl.ds(m, self.plan.tuning.rows), pl.ds(n, self.plan.tile)
+        (x, w), full = pair, term["term_full"].at[0]
+        plgpu.copy_gmem_to_smem(x.at[rows], term["term_x"], full)
+        plgpu.copy_gmem_to_smem(w.at[:, outputs], term["term_w"], full)
+
+    def _share(self, term, place: Place):
+        """[64, rows] of the term over the number of splits, a power of two."""
+        t, own = self.plan.tuning, pl.ds(place.warpgroup * LANES, LANES)
+
+        def scope(acc):
+            plgpu.barrier_wait(term["term_full"].at[0])
+            left, right = term["term_w"].at[:, own], term["term_x"]
+            plgpu.wgmma(acc, compat.transposed(left), compat.transposed(right))
+            plgpu.wgmma_wait(0)
+            return acc[...]
+
+        return pl.run_scoped(scope, plgpu.ACC((LANES, t.rows))) * (1 / t.splits)
 
     def _produce(self, ring: Ring, refs, origin) -> None:
         """Keep the ring full: tiles of the weights and of the x that they meet."""

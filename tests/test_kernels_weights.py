@@ -29,7 +29,14 @@ from jaxllm.core.patterns import Pattern
 from jaxllm.core.scales import Grid, best_table
 from jaxllm.core.solvers import nearest
 from jaxllm.core.stacks import signed_stack
-from jaxllm.core.weights import ActivationQuantized, Gated, Sparse, Sum
+from jaxllm.core.weights import (
+    ActivationQuantized,
+    Gated,
+    LowRank,
+    Sparse,
+    Sum,
+    Trainable,
+)
 from jaxllm.distributed import make_mesh, place
 from jaxllm.evaluate.efficiency import missing_kernels
 from jaxllm.models import MLP, Attention, Layer, Transformer, init
@@ -66,6 +73,17 @@ def gated():
     return Gated(w, jnp.where(matters, 1.0, 1e-6), kept=200)
 
 
+def term(gain: float = 1.0, rank: int = 6):
+    factors = dense(6, (IN, rank)) * IN**-0.5, dense(7, (rank, OUT))
+    return LowRank(*(a.astype(jnp.bfloat16) for a in factors), gain)
+
+
+def corrected(*others):
+    """The main weight, a term of low rank, and any others."""
+    main, *rest = others
+    return Sum((main, *rest, term()))
+
+
 TYPES = {
     "2:4": pruned,
     "4:8": lambda: nearest(Pattern(0.5, 8))(dense(shape=(512, OUT)), None),
@@ -83,6 +101,12 @@ TYPES = {
     "gated": gated,
     "a8 2:4": lambda: ActivationQuantized(pruned(), ActivationFormat(8)),
     "sum": lambda: Sum((rounded(Integer(4)), pruned())),
+    "corrected": lambda: corrected(rounded(Integer(4))),
+    "corrected nf4 and 2:4": lambda: corrected(rounded(normal_float(4)), pruned()),
+    "adapted": lambda: Sum((rounded(Integer(4)), Trainable(term(gain=0.5)))),
+    "corrected codebook": lambda: corrected(
+        nearest(Centroids(4, steps=2))(dense(), None)
+    ),
 }
 
 
@@ -146,6 +170,19 @@ def test_what_falls_back(weight, platform, request):
         jax.eval_shape(lambda w, x: weights.dot(x, w), weight, x)
     name = request.node.callspec.params["weight"]
     assert bool(found.missing) == (name in MISSING[platform]), found.missing
+
+
+@pytest.mark.parametrize("name", ("corrected", "adapted"))
+def test_a_term_of_low_rank_is_added_by_the_kernel(name, platform):
+    """Outside it nothing is left but the narrow product x L."""
+    w, x = TYPES[name](), dense(1, (4, IN)).astype(jnp.bfloat16)
+    with pallas_kernels.backend(platform):
+        jaxpr = jax.make_jaxpr(lambda w, x: weights.dot(x, w))(w, x)
+    equations = list(outside_kernels(jaxpr.jaxpr))
+    products = [e for e in equations if e.primitive.name == "dot_general"]
+    assert [e.outvars[0].aval.shape for e in products] == [(4, 6)]
+    sums = [e.outvars[0].aval for e in equations if e.primitive.name == "add"]
+    assert all(made.shape != (4, OUT) for made in sums)
 
 
 LAYER = Layer(Attention(4, 4, 64), MLP(512))

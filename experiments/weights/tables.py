@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import statistics
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import settings
 from jaxllm.core.card import Claim, Entry
 from jaxllm.evaluate.ground import NAMES
 from jaxllm.evaluate.plot import Point, pareto
+from jaxllm.evaluate.render import publish
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUCKETS = (2.5, 3.5, 4.5, 6.0, 9.0, 20.0)  # bits per weight of the linear maps
@@ -226,6 +228,5 @@ def plot(rows: list[dict], path: Path) -> None:
     for family, colour in colours.items():
         axes.plot([], [], ".", color=colour, label=family)
     axes.legend(fontsize=8)
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
+    draw = functools.partial(figure.savefig, format="png")
+    publish(path.parent, {path.name: draw})

@@ -76,8 +76,8 @@ class Monitor:
 
     def note(self, event: dict) -> None:
         """Keep an event, less ``error_last``: a last loss that is no number is told."""
-        last = event.pop("error_last", 0.0)
-        self.events.append(event)
+        last = event.get("error_last", 0.0)
+        self.events.append({k: v for k, v in event.items() if k != "error_last"})
         if not math.isfinite(last):
             says = f"{event['step']} at {event['path']}: the loss diverged"
             warnings.warn(f"{says}; the best state before is kept", stacklevel=2)

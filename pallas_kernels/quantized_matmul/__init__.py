@@ -6,18 +6,11 @@ from pallas_kernels.op import Op
 from pallas_kernels.partition import Layout
 from pallas_kernels.quantized_matmul import cpu, gpu, tpu
 from pallas_kernels.quantized_matmul.cases import CASES
-from pallas_kernels.quantized_matmul.reference import corrected, quantized_matmul
-
-
-def _on_gpu(x, planes, scale, zero=None, low_rank=None, **options):
-    """The Hopper kernel; a low-rank correction is two products beside it."""
-    y = gpu.quantized_matmul(x, planes, scale, zero, **options)
-    return (y + corrected(x, low_rank)).astype(x.dtype)
-
+from pallas_kernels.quantized_matmul.reference import quantized_matmul
 
 KERNELS = {
     "cpu": cpu.quantized_matmul,
-    "gpu": _on_gpu,
+    "gpu": gpu.quantized_matmul,
     "tpu": tpu.quantized_matmul,
 }
 

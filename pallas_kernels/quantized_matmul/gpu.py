@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat, hopper, hopper_ring
 from pallas_kernels.hopper import LANES
-from pallas_kernels.hopper_ring import Place, Product, Ring
+from pallas_kernels.hopper_ring import Place, Product, Ring, Term
 from pallas_kernels.quantized_matmul import fragments
 from pallas_kernels.quantized_matmul.gpu_plan import (
     Plan,
@@ -32,12 +32,15 @@ from pallas_kernels.quantized_matmul.gpu_plan import (
 
 __all__ = ["Tuning", "default_tuning", "quantized_matmul"]
 
+RANK = 128  # up to which a correction is part of the kernel
+
 
 def quantized_matmul(
     x,
     planes,
     scale,
     zero=None,
+    low_rank=None,
     *,
     bits: int,
     block: int | None,
@@ -50,9 +53,10 @@ def quantized_matmul(
 
     Sums are float32. x is multiplied in bfloat16: wider x as two terms, high and low,
     in one pass over W. Rounded to bfloat16 are tables (4 bits) and, for many rows of
-    bfloat16, scaled weights. NotImplementedError where a block of inputs is no multiple
-    of 16 bytes of each plane, rows of planes are not aligned to 16 bytes, or outputs
-    to 64.
+    bfloat16, scaled weights. Where few rows meet a small rank, R is multiplied in the
+    same kernel; x L is a product before it. NotImplementedError where a block of inputs
+    is no multiple of 16 bytes of each plane, rows of planes are not aligned to 16
+    bytes, or outputs to 64.
     """
     hopper.require(interpret)
     lead, inputs = x.shape[:-1], x.shape[-1]
@@ -66,6 +70,9 @@ def quantized_matmul(
         tuning = tuned("quantized_matmul", shape, narrow, interpret)
     many = jnp.pad(terms, ((0, -len(terms) % tuning.rows), (0, 0)))
     plan = plan_of(many, outputs, zero, bits, block, levels, offset, tuning, narrow)
+    term, beside = _correction(x, low_rank, plan)
+    if term is not None:
+        plan = plan.with_room(term.bytes(plan))
     product = Product(
         plan,
         [plan.stream(_shifted(many, plane), plane) for plane in plan.planes],
@@ -73,8 +80,27 @@ def quantized_matmul(
         (scale, *(() if plan.zero == "none" else (zero,))),
         functools.partial(_consume, plan),
         [plane.block for plane in plan.planes],
+        term,
     )
-    return hopper.joined(product.run(interpret), x, outputs)
+    y = hopper.joined(product.run(interpret), x, outputs)
+    return y if beside is None else (y + beside.reshape(y.shape)).astype(x.dtype)
+
+
+def _correction(x, low_rank, plan: Plan):
+    """(the term that the kernel adds, what is added to its result): one, or neither."""
+    if low_rank is None:
+        return None, None
+    left, right = low_rank
+    inner = jnp.dot(x.reshape(-1, plan.inputs), left.astype(x.dtype))
+    exact = plan.narrow or right.dtype == jnp.bfloat16
+    if not exact or len(right) > RANK or plan.tuning.rows > LANES:
+        right = right.astype(x.dtype)
+        return None, jnp.dot(inner, right, preferred_element_type=jnp.float32)
+    rows = hopper.terms(inner)
+    more = -len(right) % fragments.TILE
+    rows = jnp.pad(rows, ((0, plan.rows - len(rows)), (0, more)))
+    right = jnp.pad(right.astype(jnp.bfloat16), ((0, more), (0, 0)))
+    return Term(rows, right), None
 
 
 def _shifted(x, plane: Plane):

@@ -44,6 +44,11 @@ class Weight(abc.ABC):
         """x W in the dtype of x; a kernel where the type and the device have one."""
         return self.expanded(x, "no kernel reads how it is stored")
 
+    def dot_corrected(self, x: Float[Array, "*batch in"], low_rank):
+        """x W + (x L) R of the factors (L, R): by one kernel where the type has it."""
+        left, right = low_rank
+        return self.dot(x) + dot(dot(x, left), right)
+
     def expanded(self, x: Float[Array, "*batch in"], why: str):
         """x W with the dense array; says ``why`` no kernel serves (``fall_back``)."""
         fall_back(type(self).__name__, why)

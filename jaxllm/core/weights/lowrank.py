@@ -43,6 +43,14 @@ class LowRank(Weight):
         y = base.dot(base.dot(x, self.first), self.second)
         return y * jnp.asarray(self.gain, y.dtype)
 
+    @property
+    def factors(self) -> tuple[Array, Array] | None:
+        """(L, R) with the gain in L, where both are arrays without leading axes."""
+        both = (self.first, self.second)
+        if any(isinstance(part, Weight) or part.ndim != 2 for part in both):
+            return None
+        return self.first * jnp.asarray(self.gain, self.first.dtype), self.second
+
     def axes(self, names: Names) -> LowRank:
         first = base.axes(self.first, (names[0], None))
         return dataclasses.replace(
@@ -72,8 +80,16 @@ class Sum(Weight):
         return total
 
     def dot(self, x):
-        total = base.dot(x, self.terms[0])
-        for term in self.terms[1:]:
+        """The main term's kernel also adds the first term of low rank, if any."""
+        main, *others = self.terms
+        factors = [_factors(term) for term in others]
+        first = next((i for i, found in enumerate(factors) if found), None)
+        if first is None or not isinstance(main, Weight):
+            total = base.dot(x, main)
+        else:
+            total = main.dot_corrected(x, factors[first])
+            del others[first]
+        for term in others:
             total = total + base.dot(x, term)
         return total
 
@@ -99,6 +115,12 @@ class Trainable(Wrapper):
     inner: Any
 
     refine = Weight.refine  # methods leave it alone
+
+
+def _factors(term) -> tuple[Array, Array] | None:
+    """(L, R) of a term of low rank, trained or not."""
+    inner = term.inner if isinstance(term, Trainable) else term
+    return inner.factors if isinstance(inner, LowRank) else None
 
 
 def merge(w):

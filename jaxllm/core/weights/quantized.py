@@ -80,10 +80,21 @@ class Quantized(Weight):
         if isinstance(form, Choice):
             table = self._tables(form).astype(x.dtype)
             return table_matmul(x, self.planes, table, bits=form.bits, block=self.block)
+        return self._product(x)
+
+    def dot_corrected(self, x, low_rank):
+        one = self.planes[0].ndim == 2 and self.stored is None
+        if one and not isinstance(self.format, Choice):
+            return self._product(x, low_rank)
+        return super().dot_corrected(x, low_rank)
+
+    def _product(self, x, *low_rank):
+        form = self.format
         return quantized_matmul(
             x,
             self.planes,
             *self.stored_grid(),
+            *low_rank,
             bits=form.bits,
             block=self.block,
             levels=form.levels if isinstance(form, Levels) else None,
