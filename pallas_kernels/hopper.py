@@ -42,12 +42,13 @@ def rest(x):
     return wide - lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7)
 
 
-def joined(y, x, outputs: int):
-    """The result for ``x`` from that of its padded terms."""
+def joined(y, x, outputs: int, beside=None):
+    """The result for ``x`` from that of its padded terms, and what is added to it."""
     rows = math.prod(x.shape[:-1])
     if x.dtype != jnp.bfloat16:
         y = y[: 2 * rows].reshape(2, -1, outputs).sum(0)
-    return y[:rows].astype(x.dtype).reshape(*x.shape[:-1], outputs)
+    y = y[:rows] if beside is None else y[:rows] + beside
+    return y.astype(x.dtype).reshape(*x.shape[:-1], outputs)
 
 
 def tiles(shape: tuple[int, ...], dtype, width: int | None = None):

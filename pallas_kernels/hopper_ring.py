@@ -21,6 +21,9 @@ from pallas_kernels import compat, hopper
 from pallas_kernels import tuning as tables
 from pallas_kernels.hopper import LANES
 
+RANK = 128  # up to which a correction of low rank is a term of the kernel
+DEPTH = 16  # inputs that wgmma multiplies at a time
+
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
@@ -125,9 +128,38 @@ class Term(NamedTuple):
     x: Any
     w: Any
 
-    def bytes(self, plan: Plan) -> int:
-        """Of shared memory, which holds one tile of each."""
-        return 2 * len(self.w) * (plan.tile + plan.tuning.rows)
+    @classmethod
+    def of(cls, x, low_rank, plan: Plan) -> tuple[Term | None, Any]:
+        """(the term, what is added to the result): of ``low_rank`` one, or neither.
+
+        Few rows and a small rank are a term; others, and float32 factors that meet
+        wider x than bfloat16, are a product beside the kernel.
+        """
+        if low_rank is None:
+            return None, None
+        left, right = low_rank
+        inner = jnp.dot(x.reshape(-1, plan.inputs), left.astype(x.dtype))
+        exact = plan.narrow or right.dtype == jnp.bfloat16
+        if not exact or len(right) > RANK or plan.tuning.rows > LANES:
+            right = right.astype(x.dtype)
+            return None, jnp.dot(inner, right, preferred_element_type=jnp.float32)
+        rows, more = hopper.terms(inner), -len(right) % DEPTH
+        rows = jnp.pad(rows, ((0, plan.rows - len(rows)), (0, more)))
+        right = jnp.pad(right.astype(jnp.bfloat16), ((0, more), (0, 0)))
+        return cls(rows, right), None
+
+    def room(self, plan: Plan, streams: Sequence[Sequence[Stream]]) -> Plan:
+        """``plan`` with as many stages of the ``streams`` of x and W as still fit."""
+        t, heights = plan.tuning, (plan.tuning.rows, plan.tile)
+        stage = sum(
+            height * stream.columns * stream.array.dtype.itemsize
+            for height, several in zip(heights, streams, strict=True)
+            for stream in several
+        )
+        own = 2 * len(self.w) * sum(heights)
+        fit = hopper.depth(stage, plan.tile, t.rows, plan.steps, hopper.SHARED - own)
+        tuning = dataclasses.replace(t, stages=min(t.stages, fit))
+        return dataclasses.replace(plan, tuning=tuning)
 
     def scratch(self, plan: Plan) -> dict[str, Any]:
         rank = len(self.w)  # wgmma wants equal swizzles on both sides

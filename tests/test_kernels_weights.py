@@ -103,6 +103,8 @@ TYPES = {
     "sum": lambda: Sum((rounded(Integer(4)), pruned())),
     "corrected": lambda: corrected(rounded(Integer(4))),
     "corrected nf4 and 2:4": lambda: corrected(rounded(normal_float(4)), pruned()),
+    "corrected 2:4": lambda: corrected(pruned()),
+    "corrected 2:4 int4": lambda: corrected(packed_on_zeros()),
     "adapted": lambda: Sum((rounded(Integer(4)), Trainable(term(gain=0.5)))),
     "corrected codebook": lambda: corrected(
         nearest(Centroids(4, steps=2))(dense(), None)
@@ -172,7 +174,7 @@ def test_what_falls_back(weight, platform, request):
     assert bool(found.missing) == (name in MISSING[platform]), found.missing
 
 
-@pytest.mark.parametrize("name", ("corrected", "adapted"))
+@pytest.mark.parametrize("name", ("corrected", "corrected 2:4 int4", "adapted"))
 def test_a_term_of_low_rank_is_added_by_the_kernel(name, platform):
     """Outside it nothing is left but the narrow product x L."""
     w, x = TYPES[name](), dense(1, (4, IN)).astype(jnp.bfloat16)

@@ -9,6 +9,6 @@ from pallas_kernels.op import Op
 from pallas_kernels.partition import Layout
 
 KERNELS = {"gpu": gpu.nm_matmul, "tpu": tpu.nm_matmul}
-LAYOUT = Layout(("*i", "oi", "oi", "oi", "oi"), "*o")
+LAYOUT = Layout(("*i", "oi", "oi", "oi", "oi", ("i.", ".o")), "*o")
 
 op = Op("nm_matmul", nm_matmul, KERNELS, CASES, layout=lambda *_: LAYOUT)

@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.cases import linear_case
+from pallas_kernels.quantized_matmul.cases import factors
 from pallas_kernels.shapes import LLAMA3_8B, TINY, Linear
 
 
-def make(key, *, rows: int, linear: Linear, n: int, m: int, bits, block, zeros, dtype):
-    """Random supports with n of every m inputs, and values or codes in their order."""
-    keys = iter(jax.random.split(key, 6))
+def make(
+    key, *, rows: int, linear: Linear, n: int, m: int, bits, block, zeros, rank, dtype
+):
+    """Random supports with n of every m inputs, values or codes in order, factors."""
+    keys = iter(jax.random.split(key, 8))
     inputs, outputs = linear.inputs, linear.outputs
     x = jax.random.normal(next(keys), (rows, inputs), dtype)
     order = jax.random.uniform(next(keys), (outputs, inputs // m, m))
@@ -26,17 +29,19 @@ def make(key, *, rows: int, linear: Linear, n: int, m: int, bits, block, zeros, 
     blocks = 1 if block is None else -(-inputs // block)
     scale = jax.random.uniform(next(keys), (outputs, blocks), dtype, 0.5, 1.5)
     arguments = x, mask, (plane,), scale * unit
-    if not zeros:
-        return arguments
-    zero = jax.random.randint(next(keys), scale.shape, 0, 2**bits).astype(jnp.uint8)
-    return *arguments, zero
+    zero = None
+    if zeros:
+        zero = jax.random.randint(next(keys), scale.shape, 0, 2**bits).astype(jnp.uint8)
+    arguments = *arguments, zero
+    return (*arguments, factors(next(keys), linear, rank)) if rank else arguments
 
 
-def case(linear, rows, n=2, m=4, bits=None, block=None, zeros=False):
+def case(linear, rows, n=2, m=4, bits=None, block=None, zeros=False, rank=0):
     """One case; its name says everything that its inputs depend on."""
     kind = "float" if bits is None else f"w{bits}-g{block}{'-asym' * zeros}"
+    kind += f"-rank{rank}" if rank else ""
     options = {"n": n, "m": m, "bits": bits, "block": block}
-    inputs = dict(rows=rows, zeros=zeros, work=n / m, **options)
+    inputs = dict(rows=rows, zeros=zeros, rank=rank, work=n / m, **options)
     return linear_case(linear, f"{n}of{m}-{kind}", make, options, **inputs)
 
 
@@ -49,6 +54,7 @@ def _cases():
     yield case(up, 20, 4, 8, 4, 64)
     yield case(square, 2, bits=4, block=64, zeros=True)
     yield case(ragged, 5, 1, 4)
+    yield case(wide, 2, bits=4, block=128, rank=8)
     for linear in LLAMA3_8B[:4]:
         yield case(linear, 1)
         yield case(linear, 1, bits=4, block=128)
@@ -56,6 +62,7 @@ def _cases():
         yield case(LLAMA3_8B[2], rows)
         yield case(LLAMA3_8B[2], rows, bits=4, block=128)
     yield case(LLAMA3_8B[2], 1, bits=4, block=128, zeros=True)
+    yield case(LLAMA3_8B[2], 16, bits=4, block=128, rank=32)
     yield case(LLAMA3_8B[2], 1, 4, 8)
     yield case(LLAMA3_8B[2], 1, 4, 8, 4, 128)
 

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat, hopper, hopper_ring
 from pallas_kernels.hopper import LANES
-from pallas_kernels.hopper_ring import Place, Product, Ring, Stream, Tuning
+from pallas_kernels.hopper_ring import Place, Product, Ring, Stream, Term, Tuning
 from pallas_kernels.nm_matmul import fragments
 from pallas_kernels.nm_matmul.reference import check
 from pallas_kernels.quantized_matmul.fragments import HALVES, WORDS, permute
@@ -47,6 +47,7 @@ def nm_matmul(
     values,
     scale=None,
     zero=None,
+    low_rank=None,
     *,
     n: int,
     m: int,
@@ -59,8 +60,9 @@ def nm_matmul(
 
     Sums are float32. x and values are multiplied in bfloat16: wider x, and float32
     values that meet it, as two terms, high and low. Scales are rounded to bfloat16 for
-    many rows of bfloat16. NotImplementedError for other patterns, codes but of 4 bits,
-    inputs that are no multiple of 256, outputs of 64, or blocks of neither.
+    many rows of bfloat16. ``low_rank`` as in ``quantized_matmul``. NotImplementedError
+    for other patterns, codes but of 4 bits, inputs that are no multiple of 256, outputs
+    of 64, or blocks of neither.
     """
     hopper.require(interpret)
     check(x, mask, values, scale, zero, n, m, bits, block)
@@ -80,18 +82,24 @@ def nm_matmul(
     whole = None if block == inputs else block
     plan = Plan(len(many), inputs, outputs, whole, narrow, tuning, m, bits, kind)
     columns = stored.shape[1] * STEP // inputs
-    product = Product(
-        plan,
+    streams = (
         [Stream(permute(many, fragments.TILES), STEP, 2 * CHUNK)],
         [
             Stream(stored, columns, columns * stored.dtype.itemsize),
             Stream(mask, STEP // 8, STEP // 8),
         ],
+    )
+    term, beside = Term.of(x, low_rank, plan)
+    plan = term.room(plan, streams) if term else plan
+    product = Product(
+        plan,
+        *streams,
         [a for a in (scale, zero) if a is not None],
         functools.partial(_consume, plan),
         [CHUNK],
+        term,
     )
-    return hopper.joined(product.run(interpret), x, outputs)
+    return hopper.joined(product.run(interpret), x, outputs, beside)
 
 
 def refuse(inputs, outputs, pattern, bits, block, dtype) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from pallas_kernels.quantized_matmul.reference import Planes, unpack
+from pallas_kernels.quantized_matmul.reference import LowRank, Planes, corrected, unpack
 
 
 def check(x, mask, values, scale, zero, n: int, m: int, bits, block) -> None:
@@ -35,6 +35,7 @@ def nm_matmul(
     values: Float[Array, "out kept"] | Planes,
     scale: Float[Array, "out blocks"] | None = None,
     zero=None,
+    low_rank: LowRank | None = None,
     *,
     n: int,
     m: int,
@@ -48,7 +49,9 @@ def nm_matmul(
     NVIDIA's sparse tensor cores, arXiv:2104.08378), or with ``bits`` the planes of
     their codes, as ``quantized_matmul`` stores them. Then w = scale (code - zero),
     centred on 2^(bits - 1) without ``zero``, and scale and zero belong to ``block``
-    dense inputs, kept or not. Sums are float32; the result has the dtype of ``x``.
+    dense inputs, kept or not. ``low_rank`` (L, R) adds x L R, as in
+    ``quantized_matmul`` (sparse, low-bit and low-rank: SLiM, arXiv:2410.09615). Sums
+    are float32; the result has the dtype of ``x``.
     """
     check(x, mask, values, scale, zero, n, m, bits, block)
     inputs = x.shape[-1]
@@ -61,7 +64,8 @@ def nm_matmul(
         middle = 2.0 ** (bits - 1) if zero is None else _spread(zero, block, inputs)
         w = (w - middle) * _spread(scale, block, inputs)
     w = jnp.where(flags, w, 0)
-    return jnp.einsum("...k,nk->...n", x.astype(jnp.float32), w).astype(x.dtype)
+    y = jnp.einsum("...k,nk->...n", x.astype(jnp.float32), w)
+    return (y + corrected(x, low_rank)).astype(x.dtype)
 
 
 def _spread(per_block, block: int | None, inputs: int):

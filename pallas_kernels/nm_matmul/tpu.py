@@ -38,6 +38,7 @@ class Layout:
     m: int
     bits: int | None
     block: int | None
+    corrected: bool
 
     @property
     def per_byte(self) -> int:
@@ -51,6 +52,7 @@ def nm_matmul(
     values,
     scale=None,
     zero=None,
+    low_rank=None,
     *,
     n: int,
     m: int,
@@ -61,7 +63,7 @@ def nm_matmul(
 ):
     """``reference.nm_matmul`` for m of 4 or 8 and at most 256 rows."""
     check(x, mask, values, scale, zero, n, m, bits, block)
-    layout = Layout(n, m, bits, block)
+    layout = Layout(n, m, bits, block, low_rank is not None)
     lead, inputs = x.shape[:-1], x.shape[-1]
     x2 = x.reshape(-1, inputs)
     if reason := _refusal(layout, len(x2), inputs):
@@ -73,12 +75,22 @@ def nm_matmul(
     tile = (tuning or Tuning()).outputs
     outputs = len(mask)
     weights = [a for a in (mask, stored, scale, zero) if a is not None]
+    term, term_specs = (), ()
+    if low_rank is not None:
+        left, right = (a.astype(x.dtype) for a in low_rank)
+        inner = jnp.pad(jnp.dot(x2, left), ((0, rows - len(x2)), (0, 0)))
+        term, narrow = (inner, right), inner.shape[1]
+        term_specs = (
+            pl.BlockSpec((rows, narrow), lambda j: (0, 0)),
+            pl.BlockSpec((narrow, tile), lambda j: (0, j)),
+        )
     y = pl.pallas_call(
         functools.partial(_kernel, layout=layout),
         grid=(pl.cdiv(outputs, tile),),
         in_specs=[
             pl.BlockSpec(places.shape, lambda j: (0, 0, 0)),
             *(pl.BlockSpec((tile, a.shape[1]), lambda j: (j, 0)) for a in weights),
+            *term_specs,
         ],
         out_specs=pl.BlockSpec((rows, tile), lambda j: (0, j)),
         out_shape=jax.ShapeDtypeStruct((rows, outputs), x.dtype),
@@ -87,7 +99,7 @@ def nm_matmul(
         ),
         interpret=interpret,
         name="nm_matmul",
-    )(places, *weights)
+    )(places, *weights, *term)
     return y[: len(x2)].reshape(*lead, outputs)
 
 
@@ -110,6 +122,7 @@ def _refusal(layout: Layout, rows: int, inputs: int) -> str | None:
 def _kernel(x_ref, mask_ref, values_ref, *rest, layout: Layout):
     """All inputs of a tile of outputs, a chunk of groups after the other."""
     *grid, y_ref = rest  # scale and zero point, or none
+    grid, term = (grid[:-2], grid[-2:]) if layout.corrected else (grid, ())
     groups = x_ref.shape[2]
     total = jnp.zeros(y_ref.shape, jnp.float32)
     for start in range(0, groups, CHUNK):
@@ -123,6 +136,8 @@ def _kernel(x_ref, mask_ref, values_ref, *rest, layout: Layout):
             w = w if scale is None else w * scale
             x = x_ref[place, :, pl.ds(*here)]
             total += dot(x, w.astype(x.dtype), NT)
+    if term:
+        total += dot(term[0][...], term[1][...])
     y_ref[...] = total.astype(y_ref.dtype)
 
 

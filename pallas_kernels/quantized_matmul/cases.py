@@ -26,6 +26,14 @@ def random_planes(keys, linear: Linear, bits: int) -> tuple[jax.Array, ...]:
     )
 
 
+def factors(key, linear: Linear, rank: int) -> tuple[jax.Array, jax.Array]:
+    """(L, R) of a correction that is as large as x, in bfloat16."""
+    first, second = jax.random.split(key)
+    left = jax.random.normal(first, (linear.inputs, rank)) * linear.inputs**-0.5
+    right = jax.random.normal(second, (rank, linear.outputs)) * rank**-0.5
+    return left.astype(jnp.bfloat16), right.astype(jnp.bfloat16)
+
+
 def make(key, *, rows, linear: Linear, bits, block, zeros: bool, rank: int, dtype):
     """Activations, random codes, positive scales, zero points, factors (L, R)."""
     keys = iter(jax.random.split(key, 8))
@@ -38,10 +46,7 @@ def make(key, *, rows, linear: Linear, bits, block, zeros: bool, rank: int, dtyp
     if zeros:
         zero = jax.random.randint(next(keys), scale.shape, 0, 2**bits).astype(jnp.uint8)
     arguments = x, planes, scale * inputs**-0.5, zero
-    if not rank:
-        return arguments
-    left = jax.random.normal(next(keys), (inputs, rank), dtype) * inputs**-0.5
-    return *arguments, (left, jax.random.normal(next(keys), (rank, outputs), dtype))
+    return (*arguments, factors(next(keys), linear, rank)) if rank else arguments
 
 
 def case(linear, rows, bits, block=128, *, zeros=False, levels=None, rank=0):
@@ -63,7 +68,9 @@ def _cases():
     yield case(up, 3, 4, 64, levels=NF4)
     yield case(ragged, 5, 4, 32, zeros=True)
     yield case(up, 2, 4, 64, zeros=True, rank=8)
+    yield case(up, 20, 2, 64, rank=40)
     yield case(LLAMA3_8B[1], 16, 4, rank=32)
+    yield case(LLAMA3_8B[1], 64, 4, zeros=True, rank=128)
     for linear in (*LLAMA3_8B, *QWEN25_7B):
         for rows in (1, 16, 64, 256, 2048):
             yield case(linear, rows, 4, zeros=True)

@@ -32,8 +32,6 @@ from pallas_kernels.quantized_matmul.gpu_plan import (
 
 __all__ = ["Tuning", "default_tuning", "quantized_matmul"]
 
-RANK = 128  # up to which a correction is part of the kernel
-
 
 def quantized_matmul(
     x,
@@ -70,37 +68,21 @@ def quantized_matmul(
         tuning = tuned("quantized_matmul", shape, narrow, interpret)
     many = jnp.pad(terms, ((0, -len(terms) % tuning.rows), (0, 0)))
     plan = plan_of(many, outputs, zero, bits, block, levels, offset, tuning, narrow)
-    term, beside = _correction(x, low_rank, plan)
-    if term is not None:
-        plan = plan.with_room(term.bytes(plan))
-    product = Product(
-        plan,
+    streams = (
         [plan.stream(_shifted(many, plane), plane) for plane in plan.planes],
         [plane.stream(codes) for codes, plane in zip(planes, plan.planes, strict=True)],
+    )
+    term, beside = Term.of(x, low_rank, plan)
+    plan = term.room(plan, streams) if term else plan
+    product = Product(
+        plan,
+        *streams,
         (scale, *(() if plan.zero == "none" else (zero,))),
         functools.partial(_consume, plan),
         [plane.block for plane in plan.planes],
         term,
     )
-    y = hopper.joined(product.run(interpret), x, outputs)
-    return y if beside is None else (y + beside.reshape(y.shape)).astype(x.dtype)
-
-
-def _correction(x, low_rank, plan: Plan):
-    """(the term that the kernel adds, what is added to its result): one, or neither."""
-    if low_rank is None:
-        return None, None
-    left, right = low_rank
-    inner = jnp.dot(x.reshape(-1, plan.inputs), left.astype(x.dtype))
-    exact = plan.narrow or right.dtype == jnp.bfloat16
-    if not exact or len(right) > RANK or plan.tuning.rows > LANES:
-        right = right.astype(x.dtype)
-        return None, jnp.dot(inner, right, preferred_element_type=jnp.float32)
-    rows = hopper.terms(inner)
-    more = -len(right) % fragments.TILE
-    rows = jnp.pad(rows, ((0, plan.rows - len(rows)), (0, more)))
-    right = jnp.pad(right.astype(jnp.bfloat16), ((0, more), (0, 0)))
-    return Term(rows, right), None
+    return hopper.joined(product.run(interpret), x, outputs, beside)
 
 
 def _shifted(x, plane: Plane):

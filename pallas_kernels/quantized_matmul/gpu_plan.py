@@ -46,15 +46,6 @@ class Plan(hopper_ring.Plan):
         x = fragments.in_order(x, plane.bytes, plane.places)
         return Stream(x, self.tuning.inputs, 2 * plane.block)
 
-    def with_room(self, size: int) -> Plan:
-        """With fewer stages where ``size`` more bytes of shared memory want room."""
-        t = self.tuning
-        stage = sum(2 * t.rows * t.inputs + self.tile * p.bytes for p in self.planes)
-        room = hopper.SHARED - size
-        fit = hopper.depth(stage, self.tile, t.rows, self.steps, room)
-        tuning = dataclasses.replace(t, stages=min(t.stages, fit))
-        return dataclasses.replace(self, tuning=tuning)
-
 
 def refuse(inputs, outputs, bits, block, levels, planes) -> None:
     """NotImplementedError with the reason for what the kernel cannot serve."""

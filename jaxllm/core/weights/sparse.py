@@ -82,21 +82,30 @@ class Sparse(Weight):
         return jnp.swapaxes(dense, -1, -2).astype(self.dtype)
 
     def dot(self, x):
+        why = self._unreadable()
+        return self.expanded(x, why) if why else self._product(x)
+
+    def dot_corrected(self, x, low_rank):
+        if self._unreadable():
+            return super().dot_corrected(x, low_rank)
+        return self._product(x, low_rank)
+
+    def _product(self, x, *low_rank):
         groups, values = _groups(self.pattern), self.values
-        if groups is None:
-            why = f"kept entries of pattern {self.pattern!r} are not in groups"
-            return self.expanded(x, why)
-        if reason := self._unreadable():
-            return self.expanded(x, reason)
+        assert groups is not None
         n, m = groups
         if not isinstance(values, Quantized):
-            return nm_matmul(x, self.mask, values, n=n, m=m)
+            grid = (None, None) if low_rank else ()
+            return nm_matmul(x, self.mask, values, *grid, *low_rank, n=n, m=m)
         stored = dict(n=n, m=m, bits=values.format.bits, block=values.block)
-        return nm_matmul(x, self.mask, values.planes, *values.stored_grid(), **stored)
+        grid = values.stored_grid()
+        return nm_matmul(x, self.mask, values.planes, *grid, *low_rank, **stored)
 
     def _unreadable(self) -> str | None:
         """Why ``nm_matmul`` cannot read this weight."""
         values = self.values
+        if _groups(self.pattern) is None:
+            return f"kept entries of pattern {self.pattern!r} are not in groups"
         if self.mask.ndim != 2:
             return LEADING
         if not isinstance(values, Quantized):
