@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import compat
 
 LANES = 64  # rows of W of one warpgroup
+TILE = 16  # columns that wgmma multiplies at a time
 SHARED = 227 * 1024  # bytes of shared memory that one block may use
 PROCESSORS = 132
 RESERVED = 4096  # barriers, and the padding between arrays

@@ -22,7 +22,6 @@ from pallas_kernels import tuning as tables
 from pallas_kernels.hopper import LANES
 
 RANK = 128  # up to which a correction of low rank is a term of the kernel
-DEPTH = 16  # inputs that wgmma multiplies at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +142,7 @@ class Term(NamedTuple):
         if not exact or len(right) > RANK or plan.tuning.rows > LANES:
             right = right.astype(x.dtype)
             return None, jnp.dot(inner, right, preferred_element_type=jnp.float32)
-        rows, more = hopper.terms(inner), -len(right) % DEPTH
+        rows, more = hopper.terms(inner), -len(right) % hopper.TILE
         rows = jnp.pad(rows, ((0, plan.rows - len(rows)), (0, more)))
         right = jnp.pad(right.astype(jnp.bfloat16), ((0, more), (0, 0)))
         return cls(rows, right), None

@@ -79,9 +79,8 @@ def term(gain: float = 1.0, rank: int = 6):
 
 
 def corrected(*others):
-    """The main weight, a term of low rank, and any others."""
-    main, *rest = others
-    return Sum((main, *rest, term()))
+    """The sum of these and of a term of low rank."""
+    return Sum((*others, term()))
 
 
 TYPES = {

@@ -69,6 +69,7 @@ def _cases():
     yield case(ragged, 5, 4, 32, zeros=True)
     yield case(up, 2, 4, 64, zeros=True, rank=8)
     yield case(up, 20, 2, 64, rank=40)
+    yield case(square, 3, 4, rank=136)
     yield case(LLAMA3_8B[1], 16, 4, rank=32)
     yield case(LLAMA3_8B[1], 64, 4, zeros=True, rank=128)
     for linear in (*LLAMA3_8B, *QWEN25_7B):

@@ -20,8 +20,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels import compat
+from pallas_kernels.hopper import TILE
 
-TILE = 16  # columns that wgmma multiplies at a time
 ROW_AXIS = 4  # of a tile's registers: 0 for a thread's upper row, 1 for its lower
 OUT = plgpu.Layout.WGMMA
 WORDS = plgpu.Layout.WGMMA_UPCAST_2X

@@ -95,8 +95,7 @@ class Sparse(Weight):
         assert groups is not None
         n, m = groups
         if not isinstance(values, Quantized):
-            grid = (None, None) if low_rank else ()
-            return nm_matmul(x, self.mask, values, *grid, *low_rank, n=n, m=m)
+            return nm_matmul(x, self.mask, values, None, None, *low_rank, n=n, m=m)
         stored = dict(n=n, m=m, bits=values.format.bits, block=values.block)
         grid = values.stored_grid()
         return nm_matmul(x, self.mask, values.planes, *grid, *low_rank, **stored)
