@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from jaxllm.core import weights
+from jaxllm.core.formats import Log2
 from jaxllm.core.model import Model, get, paths, put
 from jaxllm.core.stats import Stats
 from jaxllm.models import (
@@ -28,6 +29,7 @@ from jaxllm.models import (
     blocks,
     init,
 )
+from jaxllm.models.attention import attend
 from jaxllm.models.hub import rotary_halves
 from jaxllm.models.layers import Pass, rotate
 
@@ -74,6 +76,7 @@ CONFIGS = {
         ),
         norm=LAYER_NORM,
     ),
+    "rounded": make(Layer(attention(probabilities=Log2(4)), MLP(40))),
     "experts": make(Layer(attention(), MoE(4, 2, 24))),
     "shared_expert": make(Layer(attention(), SHARED)),
     "unlike_layers": dataclasses.replace(
@@ -370,6 +373,22 @@ def test_rotary_halves_keep_the_function():
     halves = rotary_halves(model)
     assert not any(x.attention.rope.interleaved for x in halves.config.layers)
     close(forward(halves), forward(model))
+
+
+def test_rounded_probabilities_are_powers_of_two():
+    """Probabilities against one-hot values: -log2 p rounded, and nothing below."""
+    rng = np.random.default_rng(5)
+    q, k = (jnp.asarray(8 * rng.normal(size=(1, 6, 2, 4)), jnp.float32) for _ in "qk")
+    v = jnp.broadcast_to(jnp.eye(6)[None, :, None], (1, 6, 2, 6))
+    mask = jnp.tril(jnp.ones((1, 6, 6), bool))
+    exact = np.asarray(attend(q, k, v, mask, scale=0.5), np.float64)
+    found = np.asarray(attend(q, k, v, mask, scale=0.5, format=Log2(3)))
+    with np.errstate(divide="ignore"):
+        power = np.round(-np.log2(exact))
+    assert (power[exact > 0] > 7).any()  # some of them are too small
+    np.testing.assert_array_equal(found, np.where(power > 7, 0.0, 2.0**-power))
+    slope = jax.grad(lambda p: Log2(3).round(p).sum())(jnp.array([0.0, 0.01, 0.3]))
+    assert slope.tolist() == [1, 1, 1]
 
 
 def test_learned_positions_end():

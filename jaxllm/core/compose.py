@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from jaxllm.core import weights
-from jaxllm.core.formats import ActivationFormat
+from jaxllm.core.formats import ActivationFormat, Log2
 from jaxllm.core.gradients import squared_gradients
 from jaxllm.core.model import Model, get, layer_key, put, select
 from jaxllm.core.spec import Expression, expression, marked, walk_expressions
@@ -313,6 +313,16 @@ def cached(format: ActivationFormat, *, rotate: bool = False):
 
     def run(model: Model, context: Context) -> Model:
         return model.replace(config=model.config.with_cache(format, rotate))
+
+    return marked(run, whole=True)
+
+
+@expression
+def rounded_softmax(format: Log2):
+    """The body that rounds the probabilities of attention to a number format."""
+
+    def run(model: Model, context: Context) -> Model:
+        return model.replace(config=model.config.with_probabilities(format))
 
     return marked(run, whole=True)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
+from jaxllm.core.formats import Log2
 from jaxllm.core.hadamard import hadamard_transform
 from jaxllm.models.config import Attention as AttentionConfig
 from jaxllm.models.layers import Linear, Norm, Part, Pass, observe, rotate
@@ -27,10 +28,12 @@ def attend(
     *,
     scale: float,
     softcap: float | None = None,
+    format: Log2 | None = None,
 ) -> Float[Array, "batch q heads dim"]:
     """softmax(scale q kT + mask) v, grouped queries sharing each key head.
 
-    Scores and softmax are float32; a row with nothing visible gives zeros.
+    Scores and softmax are float32, probabilities are rounded to ``format``; a row
+    with nothing visible gives zeros.
     """
     groups = rearrange(q, "b q (k g) d -> b k g q d", k=k.shape[2])
     scores = jnp.einsum(
@@ -41,7 +44,10 @@ def attend(
         scores = softcap * jnp.tanh(scores / softcap)
     visible = mask[:, None, None]
     probabilities = jax.nn.softmax(jnp.where(visible, scores, NEGATIVE), -1)
-    probabilities = jnp.where(visible, probabilities, 0.0).astype(v.dtype)
+    probabilities = jnp.where(visible, probabilities, 0.0)
+    if format is not None:
+        probabilities = format.round(probabilities)
+    probabilities = probabilities.astype(v.dtype)
     mixed = jnp.einsum("bkgqt,btkd->bqkgd", probabilities, v)
     return rearrange(mixed, "b q k g d -> b q (k g) d")
 
@@ -123,13 +129,16 @@ class Attention(Part):
         """What each query gathers, and the updated cache.
 
         A whole pass and a single step have kernels; a prompt that is written into a
-        cache, or an attention function of the caller's, takes the dense mask.
+        cache, an attention function of the caller's, and rounded probabilities take
+        the dense mask.
         """
-        c, step, custom = self.config, q.shape[1] == 1, values.attend
+        c, step, run = self.config, q.shape[1] == 1, values.attend or attend
+        if c.probabilities is not None:  # no kernel has a row's sum before its end
+            run = functools.partial(run, format=c.probabilities)
         if values.cache is not None:
             slots = values.cache.slots(values.positions, values.tokens)
             cache = values.cache.write(k, v, slots, values.segments)
-            if step and custom is None:
+            if step and run is attend:
                 stored, lengths = cache.stored, slots[:, 0] + 1
                 mixed = decode_attention(q[:, 0], *stored, lengths, **self._options())
                 return mixed[:, None], cache
@@ -139,9 +148,8 @@ class Attention(Part):
             cache = None
             if c.kv is not None:
                 k, v = c.kv.round(k), c.kv.round(v)
-            if custom is None:
+            if run is attend:
                 return self._flash(q, k, v, values.segments), cache
         scale = c.head_dim**-0.5 if c.scale is None else c.scale
         mask = visibility(values, c.window)
-        run = custom or attend
         return run(q, k, v, mask, scale=scale, softcap=c.softcap), cache

@@ -65,7 +65,8 @@ class Attention:
     ``kv`` is the number format of keys and values (an ``ActivationFormat``): the
     cache stores them packed, and a pass without a cache rounds them alike.
     ``rotate_qk`` applies a Hadamard rotation to queries and keys after the rotary
-    embedding, which leaves their products unchanged.
+    embedding, which leaves their products unchanged. ``probabilities`` is the format
+    (``Log2``) that the softmax is rounded to.
     """
 
     heads: int
@@ -80,6 +81,7 @@ class Attention:
     qk_norm: Norm | None = None
     kv: Any = None
     rotate_qk: bool = False
+    probabilities: Any = None
 
     def __post_init__(self):
         if self.heads % self.kv_heads:

@@ -224,13 +224,17 @@ class Transformer:
 
     def with_cache(self, format, rotate_qk: bool = False) -> Transformer:
         """Keys and values in a number format (None: as computed), in every layer."""
+        return self._with_attention(kv=format, rotate_qk=rotate_qk)
 
+    def with_probabilities(self, format) -> Transformer:
+        """The softmax of every layer rounded to ``format`` (None: as computed)."""
+        return self._with_attention(probabilities=format)
+
+    def _with_attention(self, **fields) -> Transformer:
         def changed(layer: Layer) -> Layer:
             if layer.attention is None:
                 return layer
-            attention = dataclasses.replace(
-                layer.attention, kv=format, rotate_qk=rotate_qk
-            )
+            attention = dataclasses.replace(layer.attention, **fields)
             return dataclasses.replace(layer, attention=attention)
 
         return dataclasses.replace(self, layers=tuple(map(changed, self.layers)))

@@ -1,6 +1,6 @@
 """Number formats of weights and activations."""
 
-from jaxllm.core.formats.activation import ActivationFormat, Encoded
+from jaxllm.core.formats.activation import ActivationFormat, Encoded, Log2
 from jaxllm.core.formats.base import TINY, Choice, Format, Integer, Levels
 from jaxllm.core.formats.mixed import MixedActivation
 from jaxllm.core.formats.tables import (
@@ -25,6 +25,7 @@ __all__ = [
     "Format",
     "Integer",
     "Levels",
+    "Log2",
     "MixedActivation",
     "balanced",
     "bipolar",

@@ -156,6 +156,27 @@ class ActivationFormat:
         return self._signed(blocks / scale, x.shape[-1]), scale[..., 0]
 
 
+@dataclasses.dataclass(frozen=True)
+class Log2:
+    """Numbers of [0, 1] as powers of two: 2^-k with k = 0 ... 2^bits - 1, else zero.
+
+    k is -log2 x, rounded; what is below the last power becomes zero, as in the code
+    of FQ-ViT (arXiv:2111.13824), whose paper has 2^-15 there. No range is needed, and
+    a product with 2^-k is a shift. Gradients pass rounding straight.
+    """
+
+    bits: int
+
+    def __post_init__(self):
+        Integer(self.bits)
+
+    def round(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The nearest power, in powers; same dtype."""
+        k = jnp.round(-jnp.log2(jax.lax.stop_gradient(x).astype(jnp.float32)))
+        power = jnp.where(k < 2**self.bits, jnp.exp2(-k), 0).astype(x.dtype)
+        return x + jax.lax.stop_gradient(power - x)
+
+
 def _joined(blocks, width: int):
     """[..., width] from [..., blocks, block]."""
     return blocks.reshape(*blocks.shape[:-2], -1)[..., :width]
