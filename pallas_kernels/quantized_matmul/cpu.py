@@ -2,9 +2,8 @@
 
 XLA's whole-array dequantization writes the dense weight to memory, and its products in
 bfloat16 are ten times slower than in float32. Up to four rows (``_by_lanes``) read the
-packed bytes once, at the speed of the memory; a few multiply raw codes in a loop over
-blocks of inputs and apply zero and scale to the partial sums; many multiply slices of
-the weight that a cache holds, in a loop over outputs.
+packed bytes once, at the speed of the memory; more multiply slices of the weight, in a
+loop over outputs (``_by_outputs``).
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from pallas_kernels.quantized_matmul.reference import corrected, parts
 LANES = 8  # bytes side by side: one vector of floats
 VECTORS, TERMS = 32, 64  # of bytes, and of codes, that one pass adds up at most
 LINE = 4  # rows up to which lanes win
-FEW = 32  # rows up to which products of raw codes win
-SLICE = 16  # outputs at a time for many rows: 16 x 4096 floats stay in a level-2 cache
-STEP = 128  # inputs at a time where all inputs share one scale
+# Outputs at a time, the first number that divides them: from 2^19 weights on, XLA makes
+# a slice on all cores; many more leave the cache.
+SLICES = 256, 128, 64, 32, 16, 8
 SMALL = 2**15  # weights below which the reference is as good
 LARGE = 2**20  # weights from which lanes are worth the second that they compile for
 
@@ -57,11 +56,7 @@ def _product(x, planes, scale, zero, *, bits, block, middle) -> Array:
     fits = (_fits(x.shape[-1], scale, part) for part in parts(bits))
     if 0 < rows <= LINE and large and all(fits):
         return _by_lanes(x, planes, scale, zero, bits=bits, middle=middle)
-    if len(planes) > 1:
-        raise NotImplementedError("several planes gain nothing from blocks")
-    run = _by_inputs if 0 < rows <= FEW else _by_outputs
-    y = run(x, planes[0], scale, zero, bits=bits, block=block, middle=middle)
-    return y.astype(jnp.float32)
+    return _by_outputs(x, planes, scale, zero, bits=bits, block=block, middle=middle)
 
 
 def _fits(inputs: int, scale, part: int) -> bool:
@@ -115,68 +110,42 @@ def _lanes(x, plane, scale, part: int) -> Array:
     return (total.reshape(outputs, rows, -1) @ ones).T
 
 
-def _by_outputs(x, plane, scale, zero, *, bits, block, middle) -> Array:
+def _by_outputs(x, planes, scale, zero, *, bits, block, middle) -> Array:
     """y of a slice of outputs at a time, from that slice of the weight in float32."""
     (rows, inputs), (outputs, blocks) = x.shape, scale.shape
-    phases = 8 // bits
-    if outputs % SLICE or not rows or inputs % phases:
+    span = 8 // min(parts(bits))  # inputs whose codes are whole bytes of every plane
+    size = next((n for n in SLICES if not outputs % n), 0)
+    if not rows or not size or inputs % span:
         raise NotImplementedError(
             f"{rows} rows, {inputs} inputs, {outputs} outputs: accepted are at least "
-            f"one row and multiples of {phases} and {SLICE}"
+            f"one row and multiples of {span} and {SLICES[-1]}"
         )
-    if blocks > 1 and (inputs % block or block % phases):
+    if blocks > 1 and (inputs % block or block % span):
         raise NotImplementedError(f"{inputs} inputs are no whole blocks of {block}")
-    ordered = _by_phase(x, inputs, phases)[0]
+    ordered = x.reshape(rows, -1, span).transpose(2, 0, 1)
 
     def step(i, y):
-        cut = lambda a: lax.dynamic_slice_in_dim(a, i * SLICE, SLICE)  # noqa: E731
-        own = cut(scale).astype(jnp.float32)[:, None, :, None]
-        shift = middle if zero is None else cut(zero).astype(y.dtype)[:, None, :, None]
-        codes = _codes(cut(plane), bits, 0, inputs)
-        w = (codes.reshape(SLICE, phases, blocks, -1) - shift) * own
-        slice_of_y = ordered @ w.reshape(SLICE, inputs).T
-        return lax.dynamic_update_slice(y, slice_of_y, (0, i * SLICE))
+        cut = lambda a: lax.dynamic_slice_in_dim(a, i * size, size)  # noqa: E731
+        stored, own = [cut(plane) for plane in planes], cut(scale)[..., None]
+        shift = middle if zero is None else cut(zero)[..., None].astype(y.dtype)
+        total = jnp.float32(0)
+        for j, part in enumerate(ordered):
+            codes = _digits(stored, bits, j, span).reshape(size, blocks, -1)
+            w = (codes - shift) * own.astype(y.dtype)
+            total += part @ w.reshape(size, -1).T
+        return lax.dynamic_update_slice(y, total, (0, i * size))
 
     empty = jnp.zeros((rows, outputs), jnp.float32)
-    return lax.fori_loop(0, outputs // SLICE, step, empty)
+    return lax.fori_loop(0, outputs // size, step, empty)
 
 
-def _by_inputs(x, plane, scale, zero, *, bits, block, middle) -> Array:
-    """y += scale_b (x_b codes_b^T - zero_b sum(x_b)) for each block of inputs b."""
-    rows, inputs = x.shape
-    blocks = scale.shape[-1]
-    size = STEP if blocks == 1 else block
-    if inputs % size or size % (8 // bits):
-        raise NotImplementedError(f"{inputs} inputs are no whole blocks of {size}")
-    scales = scale.astype(jnp.float32).T
-    zeros = None if zero is None else zero.astype(jnp.float32).T
-    ordered = _by_phase(x, size, 8 // bits)
-    sums = ordered.sum(-1)
-
-    def step(b, y):
-        own = 0 if blocks == 1 else b
-        piece = lax.dynamic_index_in_dim(ordered, b, keepdims=False)
-        codes = piece @ _codes(plane, bits, b, size).T
-        total = lax.dynamic_index_in_dim(sums, b, keepdims=False)
-        shift = middle if zeros is None else lax.dynamic_index_in_dim(zeros, own)
-        factor = lax.dynamic_index_in_dim(scales, own)
-        return y + factor * (codes - total[:, None] * shift)
-
-    empty = jnp.zeros((rows, scale.shape[0]), jnp.float32)
-    return lax.fori_loop(0, inputs // size, step, empty)
-
-
-def _by_phase(x, size: int, phases: int) -> Array:
-    """[blocks, rows, size], each block in the order that ``_codes`` has."""
-    rows, inputs = x.shape
-    split = x.reshape(rows, inputs // size, size // phases, phases)
-    return split.transpose(1, 0, 3, 2).reshape(-1, rows, size)
-
-
-def _codes(plane, part: int, b, size: int) -> Array:
-    """The codes of one block of inputs, [out, size], all of one shift together."""
-    width = size * part // 8
-    piece = lax.dynamic_slice_in_dim(plane, b * width, width, axis=1)
-    mask = jnp.uint8(2**part - 1)
-    shifted = [(piece >> jnp.uint8(s)) & mask for s in range(0, 8, part)]
-    return jnp.concatenate(shifted, axis=1).astype(jnp.float32)
+def _digits(planes, bits: int, j: int, span: int) -> Array:
+    """Code ``j`` of every ``span`` of them, [out, in / span] in float32."""
+    total, low = jnp.float32(0), 0
+    for part, plane in zip(reversed(parts(bits)), reversed(planes), strict=True):
+        byte, place = divmod(j * part, 8)
+        here = plane.reshape(len(plane), -1, span * part // 8)[..., byte]
+        digit = (here >> jnp.uint8(place)) & jnp.uint8(2**part - 1)
+        total += 2.0**low * digit.astype(jnp.float32)
+        low += part
+    return total
