@@ -17,9 +17,10 @@ from pallas_kernels.quantized_matmul.reference import corrected, parts
 LANES = 8  # bytes side by side: one vector of floats
 VECTORS, TERMS = 32, 64  # of bytes, and of codes, that one pass adds up at most
 LINE = 4  # rows up to which lanes win
-# Outputs at a time, the first number that divides them: from 2^19 weights on, XLA makes
-# a slice on all cores; many more leave the cache.
-SLICES = 256, 128, 64, 32, 16, 8
+# Outputs at a time, the first number that divides them. From 2^19 weights on, XLA makes
+# a slice on all cores; many more leave the cache, and each slice packs all rows again.
+SLICES = 512, 256, 128, 64, 32, 16, 8
+MANY = 256  # rows from which the largest slice is better than the next
 SMALL = 2**15  # weights below which the reference is as good
 LARGE = 2**20  # weights from which lanes are worth the second that they compile for
 
@@ -114,7 +115,8 @@ def _by_outputs(x, planes, scale, zero, *, bits, block, middle) -> Array:
     """y of a slice of outputs at a time, from that slice of the weight in float32."""
     (rows, inputs), (outputs, blocks) = x.shape, scale.shape
     span = 8 // min(parts(bits))  # inputs whose codes are whole bytes of every plane
-    size = next((n for n in SLICES if not outputs % n), 0)
+    sizes = SLICES if rows >= MANY else SLICES[1:]
+    size = next((n for n in sizes if not outputs % n), 0)
     if not rows or not size or inputs % span:
         raise NotImplementedError(
             f"{rows} rows, {inputs} inputs, {outputs} outputs: accepted are at least "
