@@ -70,12 +70,32 @@ def builtin():
     return hub.load_builtin()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _programs_leave_with_their_module():
-    """Each file compiles hundreds of programs that no other file runs: gigabytes."""
-    yield
-    import jax
+# Files whose programs are small, and run once or twice: less optimization of them saves
+# a third of the time. What computes real models takes longer without it.
+RUN_ONCE = {
+    *("test_equivalences", "test_factorize", "test_methods", "test_quantize"),
+    *("test_search", "test_structure", "test_tokens", "test_weights"),
+}
 
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_a_module(request):
+    """Each file compiles hundreds of programs that no other file runs: gigabytes."""
+    import jax
+    from jax._src import compiler
+
+    usual = compiler.get_compile_options
+
+    def quick(*args, **kwargs):
+        options = usual(*args, **kwargs)
+        debug = options.executable_build_options.debug_options
+        debug.xla_backend_optimization_level = 0
+        return options
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__.rpartition(".")[2] in RUN_ONCE:
+            patch.setattr(compiler, "get_compile_options", quick)
+        yield
     jax.clear_caches()
 
 
