@@ -81,7 +81,11 @@ RUN_ONCE = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs_of_a_module(request):
-    """Each file compiles hundreds of programs that no other file runs: gigabytes."""
+    """A file's hundreds of programs, gigabytes, leave with it: no other runs them.
+
+    Their optimization level is an option of XLA that jax has no public setting for
+    outside ``jit``, and eager operations are programs too.
+    """
     import jax
     from jax._src import compiler
 

@@ -160,9 +160,10 @@ class ActivationFormat:
 class Log2:
     """Numbers of [0, 1] as powers of two: 2^-k with k = 0 ... 2^bits - 1, else zero.
 
-    k is -log2 x, rounded; what is below the last power becomes zero, as in the code
-    of FQ-ViT (arXiv:2111.13824), whose paper has 2^-15 there. No range is needed, and
-    a product with 2^-k is a shift. Gradients pass rounding straight.
+    k is -log2 x, rounded; what is below the last power becomes zero, a code more, as
+    in the code of FQ-ViT (arXiv:2111.13824); its paper has the last power there. No
+    range is needed, and a product with 2^-k is a shift. Gradients pass rounding
+    straight.
     """
 
     bits: int
