@@ -75,7 +75,8 @@ def builtin():
 RUN_ONCE = {
     *("test_checkpoint", "test_equivalences", "test_experiment", "test_factorize"),
     *("test_generate", "test_kernels_weights", "test_methods", "test_quantize"),
-    *("test_search", "test_structure", "test_tokens", "test_train", "test_weights"),
+    *("test_ranges", "test_search", "test_structure", "test_tokens", "test_train"),
+    "test_weights",
 }
 
 
