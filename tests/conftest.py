@@ -99,7 +99,7 @@ def _programs_of_a_module(request):
         return options
 
     with pytest.MonkeyPatch.context() as patch:
-        if request.module.__name__.rpartition(".")[2] in RUN_ONCE:
+        if request.path.stem in RUN_ONCE:
             patch.setattr(compiler, "get_compile_options", quick)
         yield
     jax.clear_caches()

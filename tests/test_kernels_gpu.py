@@ -549,13 +549,13 @@ def test_benchmark_runs_here(tmp_path):
     data = json.loads(out.read_text())
     assert data["environment"]["seed"] == 5
     assert data["ceilings"]["bytes_per_second"] > 0
-    assert any(f"{row['op']}/{row['case']}" == only for row in data["rows"])
-    for row in data["rows"]:
-        assert row["status"] == "measured"
-        assert row["against"].startswith("float64")
-        assert 0 < row["error"] <= 1e-2
-        assert row["seconds"] > 0 and row["input_sets"] >= 4
-        assert row["bytes_per_second"] == row["bytes"] / row["seconds"]
+    (row,) = data["rows"]
+    assert f"{row['op']}/{row['case']}" == only
+    assert row["status"] == "measured"
+    assert row["against"].startswith("float64")
+    assert 0 < row["error"] <= 1e-2
+    assert row["seconds"] > 0 and row["input_sets"] >= 4
+    assert row["bytes_per_second"] == row["bytes"] / row["seconds"]
 
 
 def test_tuner_offers_possible_tiles():

@@ -34,6 +34,11 @@ def as_stored(x: jax.Array) -> jax.Array:
     return x.astype(jnp.bfloat16).astype(jnp.float32)
 
 
+def straight_through(rounded: jax.Array, x: jax.Array) -> jax.Array:
+    """The value of ``rounded`` with the gradient of ``x``."""
+    return x + jax.lax.stop_gradient(rounded - x)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def peak(x: jax.Array, axis: int = -1) -> jax.Array:
     """The largest value along an axis, which is kept; its first place has the gradient.

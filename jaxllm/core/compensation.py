@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxllm.core.arrays import as_stored
+from jaxllm.core.arrays import as_stored, straight_through
 from jaxllm.core.formats import TINY, Format
-from jaxllm.core.reconstruct import Parametrization, straight_through
+from jaxllm.core.reconstruct import Parametrization
 from jaxllm.core.scales import Grid, fit_all, group_of, group_peaks, mse
 from jaxllm.core.spec import expression
 

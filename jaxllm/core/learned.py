@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core import weights
-from jaxllm.core.arrays import peak
+from jaxllm.core.arrays import peak, straight_through
 from jaxllm.core.compose import Context, inside
 from jaxllm.core.formats import ActivationFormat
 from jaxllm.core.model import Model, Params, Site, get, layer_key, put
-from jaxllm.core.reconstruct import Pace, Plan, dense, learned, straight_through, target
+from jaxllm.core.reconstruct import Pace, Plan, dense, learned, target
 from jaxllm.core.spec import expression, marked
 from jaxllm.core.walk import Seen, walk
 

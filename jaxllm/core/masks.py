@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxllm.core.arrays import straight_through
 from jaxllm.core.patterns import Pattern
-from jaxllm.core.reconstruct import Parametrization, straight_through
+from jaxllm.core.reconstruct import Parametrization
 from jaxllm.core.spec import expression
 
 

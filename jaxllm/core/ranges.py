@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxllm.core.arrays import straight_through
 from jaxllm.core.compose import Context, compress, inside
 from jaxllm.core.formats import TINY, ActivationFormat, MixedActivation
 from jaxllm.core.learned import Inputs, check_inside_blocks
 from jaxllm.core.model import Model, get, put
-from jaxllm.core.reconstruct import straight_through
 from jaxllm.core.scales import absmax, per_entry
 from jaxllm.core.spec import expression, marked
 from jaxllm.core.stats import Samples

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxllm.core import weights
 from jaxllm.core.adam import Best, adam_state, adam_updates
-from jaxllm.core.arrays import as_stored
+from jaxllm.core.arrays import as_stored, straight_through
 from jaxllm.core.compose import Context, inside
 from jaxllm.core.formats import TINY, Integer
 from jaxllm.core.model import Model, get, layer_key, put
@@ -34,11 +34,6 @@ class Parametrization(NamedTuple):
     start: Callable[..., Theta]
     soft: Callable[..., jax.Array]
     render: Callable[..., Any]
-
-
-def straight_through(rounded, x):
-    """The value of ``rounded`` with the gradient of ``x``."""
-    return x + jax.lax.stop_gradient(rounded - x)
 
 
 @expression

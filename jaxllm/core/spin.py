@@ -11,12 +11,12 @@ import jax.numpy as jnp
 
 from jaxllm.core import weights
 from jaxllm.core.adam import Best
+from jaxllm.core.arrays import straight_through
 from jaxllm.core.compose import Context
 from jaxllm.core.formats import ActivationFormat
 from jaxllm.core.hadamard import hadamard_matrix
 from jaxllm.core.learned import Straight, as_before, in_float32
 from jaxllm.core.model import Model, get, layer_key, with_weight
-from jaxllm.core.reconstruct import straight_through
 from jaxllm.core.rotations import (
     rotate_hidden,
     rotate_residual,

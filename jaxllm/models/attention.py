@@ -132,13 +132,13 @@ class Attention(Part):
         cache, an attention function of the caller's, and rounded probabilities take
         the dense mask.
         """
-        c, step, run = self.config, q.shape[1] == 1, values.attend or attend
+        c, step, custom = self.config, q.shape[1] == 1, values.attend
         if c.probabilities is not None:  # no kernel has a row's sum before its end
-            run = functools.partial(run, format=c.probabilities)
+            custom = functools.partial(custom or attend, format=c.probabilities)
         if values.cache is not None:
             slots = values.cache.slots(values.positions, values.tokens)
             cache = values.cache.write(k, v, slots, values.segments)
-            if step and run is attend:
+            if step and custom is None:
                 stored, lengths = cache.stored, slots[:, 0] + 1
                 mixed = decode_attention(q[:, 0], *stored, lengths, **self._options())
                 return mixed[:, None], cache
@@ -148,8 +148,9 @@ class Attention(Part):
             cache = None
             if c.kv is not None:
                 k, v = c.kv.round(k), c.kv.round(v)
-            if run is attend:
+            if custom is None:
                 return self._flash(q, k, v, values.segments), cache
         scale = c.head_dim**-0.5 if c.scale is None else c.scale
         mask = visibility(values, c.window)
+        run = custom or attend
         return run(q, k, v, mask, scale=scale, softcap=c.softcap), cache

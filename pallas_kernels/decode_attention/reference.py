@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels.flash_attention.reference import NEGATIVE
-from pallas_kernels.quantized_matmul.reference import parts
+from pallas_kernels.quantized_matmul.reference import ascending, parts
 
 
 @jax.tree_util.register_dataclass
@@ -49,13 +49,12 @@ Cache = Float[Array, "rows slots groups dim"] | QuantizedCache
 
 
 def _unpack(planes, bits: int) -> UInt8[Array, "batch slots groups dim"]:
-    total, low = jnp.uint8(0), 0
-    for plane, part in zip(reversed(planes), reversed(parts(bits)), strict=True):
+    total = jnp.uint8(0)
+    for plane, part, low in ascending(planes, bits):
         shifts = (jnp.arange(8 // part) * part).astype(jnp.uint8)
         piece = plane[..., None] >> shifts[None, None, None, None]
         piece = (piece & jnp.uint8(2**part - 1)).reshape(*plane.shape[:-1], -1)
         total = total | (piece << jnp.uint8(low))
-        low += part
     return total
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from pallas_kernels.quantized_matmul.reference import corrected, parts
+from pallas_kernels.quantized_matmul.reference import ascending, corrected, parts
 
 LANES = 8  # bytes side by side: one vector of floats
 VECTORS, TERMS = 32, 64  # of bytes, and of codes, that one pass adds up at most
@@ -71,10 +71,8 @@ def _by_lanes(x, planes, scale, zero, *, bits, middle) -> Array:
     scale = scale.astype(jnp.float32)
     shift = scale * (middle if zero is None else zero.astype(jnp.float32))
     y = -x.reshape(len(x), scale.shape[-1], -1).sum(-1) @ shift.T
-    low = 0
-    for part, plane in zip(reversed(parts(bits)), reversed(planes), strict=True):
+    for plane, part, low in ascending(planes, bits):
         y += 2.0**low * _lanes(x, plane, scale, part)
-        low += part
     return y
 
 
@@ -124,7 +122,7 @@ def _by_outputs(x, planes, scale, zero, *, bits, block, middle) -> Array:
         )
     if blocks > 1 and (inputs % block or block % span):
         raise NotImplementedError(f"{inputs} inputs are no whole blocks of {block}")
-    ordered = x.reshape(rows, -1, span).transpose(2, 0, 1)
+    ordered = tuple(x.reshape(rows, -1, span).transpose(2, 0, 1))
 
     def step(i, y):
         cut = lambda a: lax.dynamic_slice_in_dim(a, i * size, size)  # noqa: E731
@@ -143,11 +141,10 @@ def _by_outputs(x, planes, scale, zero, *, bits, block, middle) -> Array:
 
 def _digits(planes, bits: int, j: int, span: int) -> Array:
     """Code ``j`` of every ``span`` of them, [out, in / span] in float32."""
-    total, low = jnp.float32(0), 0
-    for part, plane in zip(reversed(parts(bits)), reversed(planes), strict=True):
+    total = jnp.float32(0)
+    for plane, part, low in ascending(planes, bits):
         byte, place = divmod(j * part, 8)
         here = plane.reshape(len(plane), -1, span * part // 8)[..., byte]
         digit = (here >> jnp.uint8(place)) & jnp.uint8(2**part - 1)
         total += 2.0**low * digit.astype(jnp.float32)
-        low += part
     return total

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
@@ -16,14 +18,21 @@ def parts(bits: int) -> tuple[int, ...]:
     return tuple(p for p in (8, 4, 2, 1) if bits & p)
 
 
+def ascending(planes: Sequence[Array], bits: int) -> Iterator[tuple[Array, int, int]]:
+    """(plane, bits of its part of a code, the lowest of them), low planes first."""
+    low = 0
+    for plane, part in zip(reversed(planes), reversed(parts(bits)), strict=True):
+        yield plane, part, low
+        low += part
+
+
 def unpack(planes: Planes, bits: int, count: int) -> UInt8[Array, "out in"]:
     """Codes from planes: each byte holds 8 / part codes, the first in the low bits."""
-    total, low = jnp.uint8(0), 0
-    for plane, part in zip(reversed(planes), reversed(parts(bits)), strict=True):
+    total = jnp.uint8(0)
+    for plane, part, low in ascending(planes, bits):
         shifts = jnp.arange(8 // part, dtype=jnp.uint8) * jnp.uint8(part)
         piece = (plane[..., None] >> shifts[None, None]) & jnp.uint8(2**part - 1)
         total = total | (piece.reshape(len(plane), -1)[:, :count] << jnp.uint8(low))
-        low += part
     return total
 
 

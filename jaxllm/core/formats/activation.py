@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from jaxllm.core.arrays import Leaf, as_stored, to_rank
+from jaxllm.core.arrays import Leaf, as_stored, straight_through, to_rank
 from jaxllm.core.formats.base import TINY, Integer, Levels
 from jaxllm.core.packing import pack, unpack
 
@@ -173,9 +173,9 @@ class Log2:
 
     def round(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """The nearest power, in powers; same dtype."""
-        k = jnp.round(-jnp.log2(jax.lax.stop_gradient(x).astype(jnp.float32)))
+        k = jnp.round(-jnp.log2(x.astype(jnp.float32)))
         power = jnp.where(k < 2**self.bits, jnp.exp2(-k), 0).astype(x.dtype)
-        return x + jax.lax.stop_gradient(power - x)
+        return straight_through(power, x)
 
 
 def _joined(blocks, width: int):
