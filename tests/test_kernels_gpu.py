@@ -30,9 +30,9 @@ from pallas_kernels.plane_matmul import gpu_trits
 from pallas_kernels.plane_matmul.cases import make as plane_inputs
 from pallas_kernels.plane_matmul.reference import plane_matmul
 from pallas_kernels.plane_product import fragments as integers
+from pallas_kernels.planes import parts
 from pallas_kernels.quantized_matmul import fragments, gpu_plan
 from pallas_kernels.quantized_matmul.cases import NF4
-from pallas_kernels.quantized_matmul.reference import parts
 from pallas_kernels.shapes import Linear
 
 REPOSITORY = Path(__file__).resolve().parent.parent

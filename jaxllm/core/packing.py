@@ -1,9 +1,4 @@
-"""Codes of 1 to 8 bits packed along the last axis into planes of bytes.
-
-A b-bit code is split into power-of-two parts (3 = 2 + 1, 6 = 4 + 2, ...), each a
-plane whose bytes hold 8 / part codes, the first in the lowest bits. Planes can be
-cut along either axis, so they shard, and a kernel reads each without shuffling.
-"""
+"""Codes of 1 to 8 bits into planes of bytes and back; trits five to a byte."""
 
 from __future__ import annotations
 
@@ -12,15 +7,19 @@ import numpy as np
 from jaxtyping import Array, UInt8
 
 from jaxllm.core.arrays import to_rank
+from pallas_kernels.planes import parts, starts, unpack
+
+__all__ = [
+    "Planes",
+    "pack",
+    "pack_trits",
+    "packed_bytes",
+    "parts",
+    "unpack",
+    "unpack_trits",
+]
 
 Planes = tuple[UInt8[Array, "... _"], ...]
-
-
-def parts(bits: int) -> tuple[int, ...]:
-    """The plane widths of a code, largest first: 3 -> (2, 1)."""
-    if not 1 <= bits <= 8:
-        raise ValueError(f"codes of {bits} bits; accepted: 1 to 8")
-    return tuple(p for p in (8, 4, 2, 1) if bits & p)
 
 
 def pack(codes: UInt8[Array, "... n"], bits: int) -> Planes:
@@ -32,27 +31,10 @@ def pack(codes: UInt8[Array, "... n"], bits: int) -> Planes:
         short = -codes.shape[-1] % per_byte
         pad = [(0, 0)] * (codes.ndim - 1) + [(0, short)]
         grouped = jnp.pad(piece, pad).reshape(*codes.shape[:-1], -1, per_byte)
-        shifts = to_rank(_shifts(part), grouped.ndim)
-        planes.append((grouped << shifts).sum(-1, dtype=jnp.uint8))
+        shifted = grouped << starts(part, grouped.ndim)
+        planes.append(shifted.sum(-1, dtype=jnp.uint8))
         low += part
     return tuple(reversed(planes))
-
-
-def unpack(planes: Planes, bits: int, count: int) -> UInt8[Array, "... n"]:
-    """The first ``count`` codes of each row (inverse of ``pack``)."""
-    total, low = jnp.uint8(0), 0
-    for plane, part in zip(reversed(planes), reversed(parts(bits)), strict=True):
-        shifts = to_rank(_shifts(part), plane.ndim + 1)
-        piece = (plane[..., None] >> shifts) & jnp.uint8(2**part - 1)
-        piece = piece.reshape(*plane.shape[:-1], -1)[..., :count]
-        total = total | (piece << jnp.uint8(low))
-        low += part
-    return total
-
-
-def _shifts(part: int) -> UInt8[Array, "codes"]:
-    """Where the codes of one byte begin."""
-    return jnp.arange(8 // part, dtype=jnp.uint8) * jnp.uint8(part)
 
 
 def packed_bytes(count: int, bits: int) -> int:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.cases import attention_case
 from pallas_kernels.decode_attention.reference import QuantizedCache
-from pallas_kernels.quantized_matmul.reference import parts
+from pallas_kernels.planes import parts
 from pallas_kernels.shapes import LLAMA3_8B_HEADS, QWEN25_7B_HEADS, TINY_HEADS
 
 # Slots and channels that share a scale.

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.flash_attention.reference import NEGATIVE
-from pallas_kernels.quantized_matmul.reference import ascending, parts
+from pallas_kernels.planes import parts, unpack
 
 
 @jax.tree_util.register_dataclass
@@ -39,23 +39,13 @@ class QuantizedCache:
 
     def dequantize(self) -> Float[Array, "batch slots groups dim"]:
         """The values in float32."""
-        codes = _unpack(self.codes, self.bits).astype(jnp.float32)
+        codes = unpack(self.codes, self.bits, self.shape[-1]).astype(jnp.float32)
         middle = float(2 ** (self.bits - 1))
         zero = middle if self.zero is None else _spread(self.zero, codes.shape)
         return (codes - zero) * _spread(self.scale, codes.shape)
 
 
 Cache = Float[Array, "rows slots groups dim"] | QuantizedCache
-
-
-def _unpack(planes, bits: int) -> UInt8[Array, "batch slots groups dim"]:
-    total = jnp.uint8(0)
-    for plane, part, low in ascending(planes, bits):
-        shifts = (jnp.arange(8 // part) * part).astype(jnp.uint8)
-        piece = plane[..., None] >> shifts[None, None, None, None]
-        piece = (piece & jnp.uint8(2**part - 1)).reshape(*plane.shape[:-1], -1)
-        total = total | (piece << jnp.uint8(low))
-    return total
 
 
 def _spread(per_block, shape):

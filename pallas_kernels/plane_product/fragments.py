@@ -18,6 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels import compat
+from pallas_kernels.planes import parts
 from pallas_kernels.quantized_matmul.fragments import (
     ROW,
     ROW_AXIS,
@@ -25,7 +26,6 @@ from pallas_kernels.quantized_matmul.fragments import (
     by_row,
     words_of,
 )
-from pallas_kernels.quantized_matmul.reference import parts
 
 CHUNK = 128  # inputs of an operand: a swizzled row of x is 128 bytes
 TILE = 16  # columns of an operand's register

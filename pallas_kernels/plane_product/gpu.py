@@ -19,7 +19,7 @@ from pallas_kernels.hopper_ring import Place, Plan, Product, Ring, Stream, Tunin
 from pallas_kernels.plane_product import fragments
 from pallas_kernels.plane_product.fragments import CHUNK
 from pallas_kernels.plane_product.reference import check
-from pallas_kernels.quantized_matmul.reference import parts
+from pallas_kernels.planes import parts
 from pallas_kernels.scaled_matmul.reference import LONGEST
 
 __all__ = ["Tuning", "default_tuning", "plane_product"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from pallas_kernels.quantized_matmul.reference import Planes, parts, unpack
+from pallas_kernels.planes import parts, unpack
+from pallas_kernels.quantized_matmul.reference import Planes
 
 
 def check(x_codes, planes, x_scale, w_scale, bits: int) -> None:

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.integer_tiles import Tuning, scaled_sums
 from pallas_kernels.mxu import NT, product
 from pallas_kernels.plane_product.reference import check
-from pallas_kernels.quantized_matmul.reference import parts
+from pallas_kernels.planes import parts
 
 
 def plane_product(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.cases import group, linear_case
-from pallas_kernels.quantized_matmul.reference import parts
+from pallas_kernels.planes import parts
 from pallas_kernels.shapes import LLAMA3_8B, QWEN25_7B, TINY, Linear
 
 NF4 = (

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from pallas_kernels.quantized_matmul.reference import ascending, corrected, parts
+from pallas_kernels.planes import ascending, parts
+from pallas_kernels.quantized_matmul.reference import corrected
 
 LANES = 8  # bytes side by side: one vector of floats
 VECTORS, TERMS = 32, 64  # of bytes, and of codes, that one pass adds up at most

@@ -11,8 +11,8 @@ from pallas_kernels import hopper, hopper_ring
 from pallas_kernels import tuning as tables
 from pallas_kernels.hopper import LANES
 from pallas_kernels.hopper_ring import Stream, Tuning
+from pallas_kernels.planes import parts
 from pallas_kernels.quantized_matmul import fragments
-from pallas_kernels.quantized_matmul.reference import parts
 
 
 class Plane(NamedTuple):

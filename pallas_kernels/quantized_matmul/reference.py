@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from pallas_kernels.planes import unpack
+
 Planes = tuple[UInt8[Array, "out _"], ...]
 LowRank = tuple[Float[Array, "in rank"], Float[Array, "rank out"]]
-
-
-def parts(bits: int) -> tuple[int, ...]:
-    """The plane widths of a code, largest first: 3 -> (2, 1)."""
-    if not 1 <= bits <= 8:
-        raise ValueError(f"codes of {bits} bits; accepted: 1 to 8")
-    return tuple(p for p in (8, 4, 2, 1) if bits & p)
-
-
-def ascending(planes: Sequence[Array], bits: int) -> Iterator[tuple[Array, int, int]]:
-    """(plane, bits of its part of a code, the lowest of them), low planes first."""
-    low = 0
-    for plane, part in zip(reversed(planes), reversed(parts(bits)), strict=True):
-        yield plane, part, low
-        low += part
-
-
-def unpack(planes: Planes, bits: int, count: int) -> UInt8[Array, "out in"]:
-    """Codes from planes: each byte holds 8 / part codes, the first in the low bits."""
-    total = jnp.uint8(0)
-    for plane, part, low in ascending(planes, bits):
-        shifts = jnp.arange(8 // part, dtype=jnp.uint8) * jnp.uint8(part)
-        piece = (plane[..., None] >> shifts[None, None]) & jnp.uint8(2**part - 1)
-        total = total | (piece.reshape(len(plane), -1)[:, :count] << jnp.uint8(low))
-    return total
 
 
 def spread(per_block, block: int | None, count: int) -> Float[Array, "out in"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pallas_kernels.quantized_matmul.reference import parts
+from pallas_kernels.planes import parts
 from pallas_kernels.quantized_matmul.tpu_planes import Reading, Tuning
 from pallas_kernels.quantized_matmul.tpu_product import product
 

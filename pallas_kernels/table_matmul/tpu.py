@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mxu import NT, dot, ones_where
-from pallas_kernels.quantized_matmul.reference import parts
+from pallas_kernels.planes import parts
 from pallas_kernels.quantized_matmul.tpu_inputs import in_order
 from pallas_kernels.quantized_matmul.tpu_planes import (
     FEW,
