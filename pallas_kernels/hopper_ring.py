@@ -17,98 +17,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import compat, hopper
-from pallas_kernels import tuning as tables
+from pallas_kernels import compat, hopper, hopper_term
 from pallas_kernels.hopper import LANES
-
-RANK = 128  # up to which a correction of low rank is a term of the kernel
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """Tiles: rows of x, inputs of a step, depth of the ring, splits of the inputs.
-
-    ``splits`` blocks share an output tile; their float32 parts are summed outside,
-    where XLA fuses the sum with what follows. ``sums``: scales multiply each block's
-    sums in float32 (few rows), else the weights in bfloat16 (many rows).
-    """
-
-    rows: int
-    inputs: int
-    stages: int = 4
-    splits: int = 1
-    warpgroups: int = 2
-    sums: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is static about a product; ``block`` inputs share scales (None: all)."""
-
-    rows: int
-    inputs: int
-    outputs: int
-    block: int | None
-    narrow: bool  # the result is bfloat16
-    tuning: Tuning
-
-    @property
-    def steps(self) -> int:
-        return self.inputs // self.tuning.inputs // self.tuning.splits
-
-    @property
-    def groups(self) -> int:
-        """Blocks of scales in a step (one where a block spans steps)."""
-        return 1 if self.block is None else max(1, self.tuning.inputs // self.block)
-
-    @property
-    def tile(self) -> int:
-        return LANES * self.tuning.warpgroups
-
-    @property
-    def partial(self) -> bool:
-        """The kernel writes float32 out^T for each split."""
-        return self.tuning.splits > 1 or not self.narrow
-
-    def group(self, step, g: int):
-        """The block of scales that group ``g`` of a step belongs to."""
-        if self.block is None:
-            return 0
-        if self.block > self.tuning.inputs:
-            return step // (self.block // self.tuning.inputs)
-        return step * self.groups + g
-
-
-class Stream(NamedTuple):
-    """An operand that passes through the ring, ``columns`` of it a step.
-
-    ``width`` bytes are a swizzled row of a tile; None keeps its rows as they are. The
-    copy engine wants rows of 16n bytes: the array has ``folded`` rows of others in each
-    of its own, and a tile has them apart, [folded, rows / folded, columns].
-    """
-
-    array: Any
-    columns: int
-    width: int | None
-    folded: int | None = None
-
-    @property
-    def copies(self) -> int:
-        """That fill a tile."""
-        return self.folded or 1
-
-    def moves(self, ref, tile, rows, step):
-        """(source, target) of each copy: ``rows`` are a start and a count."""
-        start, count = rows
-        first = step * self.columns
-        if self.folded is None:
-            yield ref.at[pl.ds(start, count), pl.ds(first, self.columns)], tile
-            return
-        width = self.array.shape[1] // self.folded
-        here = pl.ds(lax.div(start, self.folded), count // self.folded)
-        for i in range(self.folded):
-            columns = pl.ds(i * width + first, self.columns)
-            yield ref.at[here, columns], tile.at[i]
+from pallas_kernels.hopper_plan import Plan, Stream
+from pallas_kernels.hopper_term import Term
 
 
 class Ring(NamedTuple):
@@ -119,54 +31,6 @@ class Ring(NamedTuple):
     full: object
     empty: object
     staged: object = None  # only in the interpreter
-
-
-class Term(NamedTuple):
-    """Added to the product: x L [rows, rank] times R [rank, outputs], in bfloat16."""
-
-    x: Any
-    w: Any
-
-    @classmethod
-    def of(cls, x, low_rank, plan: Plan) -> tuple[Term | None, Any]:
-        """(the term, what is added to the result): of ``low_rank`` one, or neither.
-
-        Few rows and a small rank are a term; others, and float32 factors that meet
-        wider x than bfloat16, are a product beside the kernel.
-        """
-        if low_rank is None:
-            return None, None
-        left, right = low_rank
-        inner = jnp.dot(x.reshape(-1, plan.inputs), left.astype(x.dtype))
-        exact = plan.narrow or right.dtype == jnp.bfloat16
-        if not exact or len(right) > RANK or plan.tuning.rows > LANES:
-            right = right.astype(x.dtype)
-            return None, jnp.dot(inner, right, preferred_element_type=jnp.float32)
-        rows, more = hopper.terms(inner), -len(right) % hopper.TILE
-        rows = jnp.pad(rows, ((0, plan.rows - len(rows)), (0, more)))
-        right = jnp.pad(right.astype(jnp.bfloat16), ((0, more), (0, 0)))
-        return cls(rows, right), None
-
-    def room(self, plan: Plan, streams: Sequence[Sequence[Stream]]) -> Plan:
-        """``plan`` with as many stages of the ``streams`` of x and W as still fit."""
-        t, heights = plan.tuning, (plan.tuning.rows, plan.tile)
-        stage = sum(
-            height * stream.columns * stream.array.dtype.itemsize
-            for height, several in zip(heights, streams, strict=True)
-            for stream in several
-        )
-        own = 2 * len(self.w) * sum(heights)
-        fit = hopper.depth(stage, plan.tile, t.rows, plan.steps, hopper.SHARED - own)
-        tuning = dataclasses.replace(t, stages=min(t.stages, fit))
-        return dataclasses.replace(plan, tuning=tuning)
-
-    def scratch(self, plan: Plan) -> dict[str, Any]:
-        rank = len(self.w)  # wgmma wants equal swizzles on both sides
-        return dict(
-            term_x=hopper.tiles((plan.tuning.rows, rank), jnp.bfloat16, 2 * rank),
-            term_w=hopper.tiles((rank, plan.tile), jnp.bfloat16, 2 * rank),
-            term_full=plgpu.Barrier(num_barriers=1, num_arrivals=2),
-        )
 
 
 class Place(NamedTuple):
@@ -248,7 +112,7 @@ class Product:
         def _():
             plgpu.set_max_registers(40, action="decrease")
             if term:
-                self._fetch(pair, term, n * plan.tile, m * t.rows)
+                hopper_term.fetch(plan, pair, term, n * plan.tile, m * t.rows)
             self._produce(ring, refs, (first, n * plan.tile, m * t.rows))
 
         @pl.when(warpgroup < t.warpgroups)
@@ -258,29 +122,9 @@ class Product:
             place = Place(first, row, warpgroup, m * t.rows)
             total = self.consume(ring, others, place)
             if term:
-                total = total + self._share(term, place)
+                total = total + hopper_term.share(plan, term, warpgroup)
             here, rows = pl.ds(row, LANES), pl.ds(m * t.rows, t.rows)
             hopper.store(total, out.at[warpgroup], y, split, here, rows, plan.partial)
-
-    def _fetch(self, pair, term, n, m) -> None:
-        """Copy this block's tiles of the term; its sums wait for them, last."""
-        rows, outputs = pl.ds(m, self.plan.tuning.rows), pl.ds(n, self.plan.tile)
-        (x, w), full = pair, term["term_full"].at[0]
-        plgpu.copy_gmem_to_smem(x.at[rows], term["term_x"], full)
-        plgpu.copy_gmem_to_smem(w.at[:, outputs], term["term_w"], full)
-
-    def _share(self, term, place: Place):
-        """[64, rows] of the term over the number of splits, a power of two."""
-        t, own = self.plan.tuning, pl.ds(place.warpgroup * LANES, LANES)
-
-        def scope(acc):
-            plgpu.barrier_wait(term["term_full"].at[0])
-            left, right = term["term_w"].at[:, own], term["term_x"]
-            plgpu.wgmma(acc, compat.transposed(left), compat.transposed(right))
-            plgpu.wgmma_wait(0)
-            return acc[...]
-
-        return pl.run_scoped(scope, plgpu.ACC((LANES, t.rows))) * (1 / t.splits)
 
     def _produce(self, ring: Ring, refs, origin) -> None:
         """Keep the ring full: tiles of the weights and of the x that they meet."""
@@ -396,34 +240,3 @@ def by_output(plan: Plan, place: Place, ref):
     """The same for each output, over the rows of x."""
     column = hopper.column(ref, pl.ds(place.row, LANES), 0)
     return hopper.across(column, plan.tuning.rows)
-
-
-def tuned(op: str, shape: tuple[int, ...], usual: bool, default: Callable) -> Tuning:
-    """This device's table for ``op``, where it is ``usual``; else ``default()``."""
-    found = tables.look_up(op, shape) if usual else None
-    return Tuning(**found) if found else default()
-
-
-def filled(
-    tile: int, steps: Sequence[int], shape, size: float, *, wide: bool, sums=True
-) -> Tuning:
-    """Tiles for x of 8 bits that fill the chip and the memory of its processors.
-
-    ``shape`` is (rows, inputs, outputs) and ``size`` the bytes of a weight; the step is
-    the first of ``steps`` whose splits suffice, else the last. A ``wide`` result is
-    float32; a bfloat16 one leaves more room. Rows of a tile are ``tile``, or fewer
-    where copies would not run ahead of the products.
-    """
-    rows, inputs, outputs = shape
-    for step in steps:
-        warpgroups, splits = hopper.spread(rows, tile, outputs, inputs // step)
-        lanes = LANES * warpgroups
-        if -(-rows // tile) * (outputs // lanes) * splits >= hopper.PROCESSORS:
-            break
-    # ``hopper.depth`` counts four bytes for each element of the result.
-    height = tile if wide or splits > 1 else tile // 2
-    stage, count = int((lanes * size + tile) * step), inputs // step // splits
-    stages = hopper.depth(stage, lanes, height, count)
-    if stages == 1 < count and tile > LANES:
-        return filled(tile // 2, steps, shape, size, wide=wide, sums=sums)
-    return Tuning(tile, step, stages, splits, warpgroups, sums)

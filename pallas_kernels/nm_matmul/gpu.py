@@ -14,9 +14,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import compat, hopper, hopper_ring
+from pallas_kernels import compat, hopper, hopper_plan, hopper_ring
 from pallas_kernels.hopper import LANES
-from pallas_kernels.hopper_ring import Place, Product, Ring, Stream, Term, Tuning
+from pallas_kernels.hopper_plan import Stream, Tuning
+from pallas_kernels.hopper_ring import Place, Product, Ring
+from pallas_kernels.hopper_term import Term
 from pallas_kernels.nm_matmul import fragments
 from pallas_kernels.nm_matmul.reference import check
 from pallas_kernels.quantized_matmul.fragments import HALVES, WORDS, permute
@@ -28,7 +30,7 @@ CHUNK = 64  # inputs whose values and flags a thread's registers hold as whole w
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan(hopper_ring.Plan):
+class Plan(hopper_plan.Plan):
     """All that is static about one call."""
 
     m: int
@@ -89,8 +91,7 @@ def nm_matmul(
             Stream(mask, STEP // 8, STEP // 8),
         ],
     )
-    term, beside = Term.of(x, low_rank, plan)
-    plan = term.room(plan, streams) if term else plan
+    plan, term, beside = Term.of(x, low_rank, plan, streams)
     product = Product(
         plan,
         *streams,

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import compat, hopper, hopper_ring
+from pallas_kernels import compat, hopper, hopper_plan, hopper_ring
 from pallas_kernels.hopper import LANES
-from pallas_kernels.hopper_ring import Place, Product, Ring, Stream, Tuning
+from pallas_kernels.hopper_plan import Stream, Tuning
+from pallas_kernels.hopper_ring import Place, Product, Ring
 from pallas_kernels.plane_matmul.gpu_trits import trit_matmul
 from pallas_kernels.plane_matmul.reference import block_sums, places
 from pallas_kernels.quantized_matmul import fragments, gpu_plan
@@ -29,7 +30,7 @@ LEVELS = {"binary": (-1.0, 1.0), "ternary": (0.0, 1.0, -2.0, -1.0)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan(hopper_ring.Plan):
+class Plan(hopper_plan.Plan):
     """All that is static about one call: ``count`` planes of ``part`` bits."""
 
     count: int

@@ -22,9 +22,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import compat, hopper, hopper_ring
+from pallas_kernels import compat, hopper, hopper_plan, hopper_ring
 from pallas_kernels.hopper import LANES, PROCESSORS
-from pallas_kernels.hopper_ring import Place, Product, Ring, Stream, Tuning
+from pallas_kernels.hopper_plan import Stream, Tuning
+from pallas_kernels.hopper_ring import Place, Product, Ring
 from pallas_kernels.plane_matmul import fragments
 from pallas_kernels.plane_matmul.fragments import CHUNK, HELD
 
@@ -34,7 +35,7 @@ MOST_REGIONS = 5  # of a thread's inputs with scales in its registers
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan(hopper_ring.Plan):
+class Plan(hopper_plan.Plan):
     """All that is static about one call; ``inputs`` are those of whole steps.
 
     ``size`` inputs share scales (None: all), of which a row of W has ``blocks``; a row

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import compat, hopper, hopper_ring
+from pallas_kernels import compat, hopper, hopper_plan, hopper_ring
 from pallas_kernels.hopper import LANES
-from pallas_kernels.hopper_ring import Place, Plan, Product, Ring, Stream, Tuning
+from pallas_kernels.hopper_plan import Plan, Stream, Tuning
+from pallas_kernels.hopper_ring import Place, Product, Ring
 from pallas_kernels.plane_product import fragments
 from pallas_kernels.plane_product.fragments import CHUNK
 from pallas_kernels.plane_product.reference import check
@@ -53,7 +54,7 @@ def plane_product(
     _refuse(inputs, outputs, _least_step(bits))
     rows, narrow = x_codes.size // inputs, out_dtype == jnp.bfloat16
     shape = (rows, inputs, outputs, bits)
-    tuning = tuning or hopper_ring.tuned(
+    tuning = tuning or hopper_plan.tuned(
         "plane_product",
         shape,
         narrow and not interpret,
@@ -106,7 +107,7 @@ def default_tuning(rows, inputs, outputs, bits, wide=False) -> Tuning:
     if tile <= 32 and inputs % 256 == 0:
         steps.insert(0, 256)
     shape = rows, inputs, outputs
-    return hopper_ring.filled(tile, steps, shape, bits / 8, wide=wide)
+    return hopper_plan.filled(tile, steps, shape, bits / 8, wide=wide)
 
 
 def _consume(plan: Plan, bits: int, ring: Ring, columns, place: Place):

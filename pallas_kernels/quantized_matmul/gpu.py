@@ -18,7 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat, hopper, hopper_ring
 from pallas_kernels.hopper import LANES
-from pallas_kernels.hopper_ring import Place, Product, Ring, Term
+from pallas_kernels.hopper_ring import Place, Product, Ring
+from pallas_kernels.hopper_term import Term
 from pallas_kernels.quantized_matmul import fragments
 from pallas_kernels.quantized_matmul.gpu_plan import (
     Plan,
@@ -72,8 +73,7 @@ def quantized_matmul(
         [plan.stream(_shifted(many, plane), plane) for plane in plan.planes],
         [plane.stream(codes) for codes, plane in zip(planes, plan.planes, strict=True)],
     )
-    term, beside = Term.of(x, low_rank, plan)
-    plan = term.room(plan, streams) if term else plan
+    plan, term, beside = Term.of(x, low_rank, plan, streams)
     product = Product(
         plan,
         *streams,

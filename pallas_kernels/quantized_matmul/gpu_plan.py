@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels import hopper, hopper_ring
+from pallas_kernels import hopper, hopper_plan
 from pallas_kernels import tuning as tables
 from pallas_kernels.hopper import LANES
-from pallas_kernels.hopper_ring import Stream, Tuning
+from pallas_kernels.hopper_plan import Stream, Tuning
 from pallas_kernels.planes import parts
 from pallas_kernels.quantized_matmul import fragments
 
@@ -33,7 +33,7 @@ class Plane(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan(hopper_ring.Plan):
+class Plan(hopper_plan.Plan):
     """All that is static about one call."""
 
     planes: tuple[Plane, ...]

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import compat, hopper, hopper_ring
+from pallas_kernels import compat, hopper, hopper_plan, hopper_ring
 from pallas_kernels.hopper import LANES
-from pallas_kernels.hopper_ring import Place, Plan, Product, Ring, Stream, Tuning
+from pallas_kernels.hopper_plan import Plan, Stream, Tuning
+from pallas_kernels.hopper_ring import Place, Product, Ring
 from pallas_kernels.scaled_matmul.reference import check
 
 __all__ = ["Tuning", "default_tuning", "scaled_matmul"]
@@ -45,7 +46,7 @@ def scaled_matmul(
     rows, kind = x_codes.size // inputs, x_codes.dtype
     narrow = out_dtype == jnp.bfloat16
     shape = (rows, inputs, outputs, width)
-    tuning = tuning or hopper_ring.tuned(
+    tuning = tuning or hopper_plan.tuned(
         f"scaled_matmul-{kind}",
         shape,
         narrow and not interpret,
@@ -81,7 +82,7 @@ def default_tuning(rows, inputs, outputs, width, kind, wide=False) -> Tuning:
     tile = next((r for r in (8, 16, 32, 64, 128) if rows <= r), 256 if exact else 128)
     # Float8 sums lose bits in the tensor core: after 128 inputs they go to float32.
     step = next(s for s in (128, 64, 32) if inputs % s == 0 and width % s == 0)
-    return hopper_ring.filled(tile, [step], (rows, inputs, outputs), 1, wide=wide)
+    return hopper_plan.filled(tile, [step], (rows, inputs, outputs), 1, wide=wide)
 
 
 def _consume(plan: Plan, integers: bool, ring: Ring, scales, place: Place):

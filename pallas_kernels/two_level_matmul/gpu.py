@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import compat, hopper, hopper_ring
+from pallas_kernels import compat, hopper, hopper_plan, hopper_ring
 from pallas_kernels.hopper import LANES
-from pallas_kernels.hopper_ring import Place, Plan, Product, Ring, Stream, Tuning
+from pallas_kernels.hopper_plan import Plan, Stream, Tuning
+from pallas_kernels.hopper_ring import Place, Product, Ring
 from pallas_kernels.plane_product import fragments
 from pallas_kernels.plane_product.fragments import CHUNK
 from pallas_kernels.two_level_matmul.reference import check
@@ -53,7 +54,7 @@ def two_level_matmul(
     _refuse(inputs, outputs, bits, block)
     rows, narrow = x_codes.size // inputs, out_dtype == jnp.bfloat16
     shape = (rows, inputs, outputs, block)
-    tuning = tuning or hopper_ring.tuned(
+    tuning = tuning or hopper_plan.tuned(
         "two_level_matmul",
         shape,
         narrow and not interpret,
@@ -102,7 +103,7 @@ def default_tuning(rows, inputs, outputs, block, wide=False) -> Tuning:
     tile = next((r for r in (8, 16, 32, 64, 128) if rows <= r), 256)
     few = tile <= 32
     whole = inputs % 256 == 0 and (block % 256 == 0 or 256 % block == 0)
-    return hopper_ring.filled(
+    return hopper_plan.filled(
         tile,
         (256, CHUNK) if few and whole else (CHUNK,),
         (rows, inputs, outputs),
