@@ -47,20 +47,54 @@ def multiply(
     k)`` is added in place of the product of outputs n and inputs k; ``finish(rows, n,
     sums)`` takes each sum once it is whole, while others are under way.
     """
-    outputs, inputs = tile_ref.shape
+    outputs, inputs = len(tile_ref) * _shared(x_ref, tile_ref), tile_ref.shape[1]
     zero = jnp.zeros((), acc_ref.dtype)
 
     def add(rows):
         for n in slices(outputs):
             old = zero if fresh is True else jnp.where(fresh, zero, acc_ref[rows, n])
             for k in slices(inputs, depth):
-                part = product(x_ref[rows, k], tile_ref[n, k], NT)
+                part = product(x_ref[rows, k], take(tile_ref, n, k, x_ref), NT)
                 acc_ref[rows, n] = old + (weigh(part, n, k) if weigh else part)
                 old = acc_ref[rows, n]
             if finish:
                 finish(rows, n, old)
 
     by_rows(add, len(x_ref), chunk)
+
+
+def room(outputs: int, inputs: int, dtype):
+    """VMEM for a tile [outputs, inputs]; of bfloat16 two outputs share an int32 word.
+
+    Registers hold bfloat16 in such pairs, memory of that dtype may not: each would be
+    taken apart when it is stored, and put together again when it is read.
+    """
+    if dtype == jnp.bfloat16:
+        return pltpu.VMEM((outputs // 2, inputs), jnp.int32)
+    return pltpu.VMEM((outputs, inputs), dtype)
+
+
+def put(tile_ref, outputs: slice, inputs: slice, values) -> None:
+    """Store ``values`` [outputs, inputs] of a tile's dtype in its ``room``."""
+    each = _shared(values, tile_ref)
+    rows = slice(outputs.start // each, outputs.stop // each)
+    tile_ref[rows, inputs] = _as(values, tile_ref.dtype)
+
+
+def take(tile_ref, outputs: slice, inputs: slice, like) -> Array:
+    """What ``put`` stored, of the dtype of ``like``."""
+    each = _shared(like, tile_ref)
+    rows = slice(outputs.start // each, outputs.stop // each)
+    return _as(tile_ref[rows, inputs], like.dtype)
+
+
+def _shared(narrow, tile_ref) -> int:
+    """Outputs in a row of the tile."""
+    return tile_ref.dtype.itemsize // narrow.dtype.itemsize
+
+
+def _as(values, dtype):
+    return values if values.dtype == dtype else pltpu.bitcast(values, dtype)
 
 
 def multiply_scaled(

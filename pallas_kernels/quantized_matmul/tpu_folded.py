@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mxu import TN, halves, product
+from pallas_kernels.mxu import TN, halves, product, put
 from pallas_kernels.quantized_matmul.tpu_planes import Plan, Reading
 
 GROUP = 128  # outputs whose scale is spread at a time: whole lanes of it
@@ -21,7 +21,9 @@ def words(plane_ref, outputs: slice, start: int, lanes: int):
     return pltpu.bitcast(plane_ref[outputs, start : start + lanes], jnp.int32)
 
 
-def fill(tile_ref, plane_ref, scale, *, plan: Plan, reading: Reading, step, kind):
+def fill(
+    tile_ref, plane_ref, scale, *, plan: Plan, reading: Reading, step, kind, dtype
+):
     """The tile [outputs, inputs] of codes times scale, multiplied as ``kind``."""
     (outputs, count), lanes = plane_ref.shape, plan.lanes(reading)
     for first in range(0, outputs, GROUP):
@@ -33,7 +35,7 @@ def fill(tile_ref, plane_ref, scale, *, plan: Plan, reading: Reading, step, kind
             for phase in range(reading.phases):
                 value = reading.read(piece, phase).astype(kind) * factor.astype(kind)
                 to = start * reading.phases + phase * lanes
-                tile_ref[here, to : to + lanes] = value.astype(tile_ref.dtype)
+                put(tile_ref, here, slice(to, to + lanes), value.astype(dtype))
 
 
 def _inside(plan: Plan, reading: Reading, start, count: int):

@@ -118,7 +118,7 @@ def _body(*refs, plan: Plan, tuning: Tuning, groups, counts, shift, kind):
             _split(own_x[...], planes[i], scale, accumulators[i], group=group, **same)
         else:
             acc_ref, tile_ref = scratch
-            fill(tile_ref, planes[i], scale, kind=kind, **same)
+            fill(tile_ref, planes[i], scale, kind=kind, dtype=own_x.dtype, **same)
             fresh = (step == 0) if i == 0 else False
             mxu.multiply(own_x, tile_ref, acc_ref, fresh, tuning.chunk)
 
@@ -225,7 +225,7 @@ def _call(x, planes, scales, extra, shift, low_rank, plan, tuning, interpret):
             pltpu.VMEM((heights[r.part], bn), jnp.float32) for r in plan.readings
         ]
     else:
-        scratch = [pltpu.VMEM((bm, bn), jnp.float32), pltpu.VMEM((bn, bk), dtype)]
+        scratch = [pltpu.VMEM((bm, bn), jnp.float32), mxu.room(bn, bk, dtype)]
     operands = [ordered, planes, scales, extra, sums, low]
     return pl.pallas_call(
         functools.partial(
