@@ -139,7 +139,15 @@ def figures(table: Table, bundles: str, grid: tuple[int, ...] = ()) -> dict:
     parts, skipped = stretches(bundles)
     parts = [part for part in parts if part.loops]
     unit = table.units.index("MXU")
-    top = max(parts, key=lambda p: (p.turns * table.filled(p, unit), p.count))
+    around = {p.first: sum(p.first in jump for jump in skipped) for p in parts}
+    least = min((around[p.first] for p in parts if table.filled(p, unit)), default=0)
+
+    def work(part: Stretch) -> float:
+        """Of the matrix unit in an average step; more is jumped over in most steps."""
+        rare = max(0, around[part.first] - least)
+        return part.turns * table.filled(part, unit) / grid[-1] ** rare
+
+    top = max(parts, key=lambda part: (work(part), part.count))
     rare = [jump for jump in skipped if top.first not in jump]
     for part in parts:
         if any(part.first in jump for jump in rare):

@@ -142,15 +142,19 @@ def _kernel(x_ref, mask_ref, values_ref, *rest, layout: Layout):
 
 
 def _expand(bits, values, m: int):
-    """The dense weight at each place of the groups: the next value where a bit is."""
-    slot = jnp.zeros_like(bits)
+    """The dense weight at each place of the groups: the next value where a bit is.
+
+    Since n bits of m are set, few counts of bits before a place leave room for its own.
+    """
+    n, before = len(values), 0
     for place in range(m):
-        bit = (bits >> place) & 1
-        w = jnp.zeros_like(values[0])
-        for j, value in enumerate(values[: place + 1]):
-            w = jnp.where(slot == j, value, w)
-        yield jnp.where(bit == 1, w, 0.0)
-        slot += bit
+        flag = (bits & (1 << place)) != 0
+        first, last = max(0, n - m + place), min(place, n - 1)
+        w = values[last]
+        for j in range(first, last):
+            w = jnp.where(before == j, values[j], w)
+        yield jnp.where(flag, w, 0.0)
+        before += flag.astype(jnp.int32)
 
 
 def _group_bits(mask_ref, here, m: int):
