@@ -51,15 +51,20 @@ def marks(name: str, mark: str) -> bool:
     return any(getattr(part.call, mark, False) for part in parts)
 
 
-def tiny(**changes) -> Transformer:
-    layer = Layer(Attention(4, 2, 8), MLP(32))
+def tiny(groups: int = 2, **changes) -> Transformer:
+    """Two layers; as many ``groups`` of keys as heads make all maps of one shape."""
+    layer = Layer(Attention(4, groups, 8), MLP(32))
     return Transformer(vocab_size=64, width=32, layers=(layer,) * 2, **changes)
 
 
 @pytest.fixture(scope="module")
 def model():
-    """Of float32, with values that bfloat16 has too: lossless methods ask for them."""
-    made = init(tiny(init_std=0.2), jax.random.key(0))
+    """Of float32, with values that bfloat16 has too: lossless methods ask for them.
+
+    One shape, so that a method compiles its search once; grouped heads meet every
+    method in tests/test_strict.py.
+    """
+    made = init(tiny(groups=4, init_std=0.2), jax.random.key(0))
     exact = lambda x: x.astype(jnp.bfloat16).astype(x.dtype)  # noqa: E731
     return made.replace(params=jax.tree.map(exact, made.params))
 
@@ -76,6 +81,11 @@ def example(name: str) -> Transform:
     defaults = dict(make().arguments)
     groups = {k: v for k, v in GROUPED.items() if k in defaults}
     return make(**groups, **EXAMPLES.get(name, {}))
+
+
+def slow(*names: str):
+    """Methods whose kind another one stands for in what is not slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 # What an adaptive method stores depends on the data: shapes alone do not tell it.
@@ -194,13 +204,14 @@ def test_does_not_depend_on_the_subset(name, model, batches, made):
         "lora(4)",
     ),
 )
-def test_equivalences_keep_the_logits(spec, model, batches):
+def test_equivalences_keep_the_logits(spec, batches):
+    model = init(tiny(init_std=0.2), jax.random.key(0))
     tokens = batches[0].tokens
     before, after = model(tokens), methods.parse(spec)(model, batches)(tokens)
     assert jnp.abs(after - before).max() < 1e-5 * jnp.abs(before).max() * 4
 
 
-@pytest.mark.parametrize("name", ("rtn", "gptq", "wanda", "smoothquant", "awq"))
+@pytest.mark.parametrize("name", ("gptq", "smoothquant", *slow("rtn", "wanda", "awq")))
 def test_serves_mixtures_of_experts(name, batches):
     layer = Layer(Attention(4, 2, 8), MoE(4, 2, 24, shared=MLP(16)))
     model = init(Transformer(64, 32, (layer,), init_std=0.2), jax.random.key(2))
@@ -333,7 +344,7 @@ def test_compile_time_does_not_grow_with_equal_blocks(batches):
     assert compilations(4) == compilations(2)
 
 
-@pytest.mark.parametrize("name", ("rtn", "gptq", "wanda", "svd_llm"))
+@pytest.mark.parametrize("name", ("gptq", "svd_llm", *slow("rtn", "wanda")))
 def test_sharded_equals_unsharded(name, model, batches, made):
     """Forward pass and walk on a mesh of 8 devices with tensor = 2."""
     from jax.sharding import NamedSharding, PartitionSpec
