@@ -31,8 +31,24 @@ class Tuning:
     sums: bool = True
 
 
+class Tiles:
+    """What the tiles of a plan are: of so many outputs, and written how."""
+
+    tuning: Tuning
+    narrow: bool  # the result is bfloat16
+
+    @property
+    def tile(self) -> int:
+        return LANES * self.tuning.warpgroups
+
+    @property
+    def partial(self) -> bool:
+        """The kernel writes float32 out^T for each split."""
+        return self.tuning.splits > 1 or not self.narrow
+
+
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Tiles):
     """What is static about a product; ``block`` inputs share scales (None: all)."""
 
     rows: int
@@ -50,15 +66,6 @@ class Plan:
     def groups(self) -> int:
         """Blocks of scales in a step (one where a block spans steps)."""
         return 1 if self.block is None else max(1, self.tuning.inputs // self.block)
-
-    @property
-    def tile(self) -> int:
-        return LANES * self.tuning.warpgroups
-
-    @property
-    def partial(self) -> bool:
-        """The kernel writes float32 out^T for each split."""
-        return self.tuning.splits > 1 or not self.narrow
 
     def group(self, step, g: int):
         """The block of scales that group ``g`` of a step belongs to."""

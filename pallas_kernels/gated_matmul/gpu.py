@@ -21,26 +21,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import compat, hopper
 from pallas_kernels.gated_matmul.reference import check
 from pallas_kernels.hopper import LANES
+from pallas_kernels.hopper_plan import Tiles, Tuning
+
+__all__ = ["Tuning", "default_tuning", "gated_matmul"]
 
 CHUNK = 64  # inputs of a swizzled row of x
 
 
 @dataclasses.dataclass(frozen=True)
-class Tuning:
-    """Tiles: rows of x, inputs of a step, depth of the ring, splits of the list.
-
-    ``splits`` blocks share an output tile; their float32 parts are summed outside,
-    where XLA fuses the sum with what follows.
-    """
-
-    rows: int
-    inputs: int
-    stages: int = 4
-    splits: int = 1
-    warpgroups: int = 2
-
-
-class Plan(NamedTuple):
+class Plan(Tiles):
     """All that is static about one call; ``slots`` bounds the listed blocks."""
 
     rows: int
@@ -49,16 +38,7 @@ class Plan(NamedTuple):
     slots: int
     narrow: bool  # x and the result are bfloat16
     terms: int  # bfloat16 terms of float32 weights; 0: they are bfloat16
-    tuning: Tuning
-
-    @property
-    def tile(self) -> int:
-        return LANES * self.tuning.warpgroups
-
-    @property
-    def partial(self) -> bool:
-        """The kernel writes float32 out^T for each split."""
-        return self.tuning.splits > 1 or not self.narrow
+    tuning: Tuning  # its splits are of the list
 
 
 class Ring(NamedTuple):
