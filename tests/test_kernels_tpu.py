@@ -113,3 +113,30 @@ def test_loops_count_as_often_as_they_turn():
     # What is jumped over holds the busiest loop: it belongs to every step.
     assert found["step"]["bundles"] == 2 + 1 + 12 + 1
     assert found["step"]["VSTORE:SPILL"] == 2
+
+
+RARE = """\
+     0   :  { %s1 = smov 0 }
+   0x1 LB: > { %p1 = scmp.eq.s32.totalorder %s2, 0 }
+   0x2 LB: >> { %p2 = scmp.ge.s32.totalorder %s3, 2 ;; %v1 = vmatmul %v0 }
+   0x3   : >> { %7 = sbr.rel (!%p2) target = $region4 }
+   0x4 PF: > { %8 = sbr.rel (%p1) target = $region9 }
+   0x5   : > { nop } /* Start region 8 */
+   0x6 LB: >> { %p3 = scmp.ge.s32.totalorder %s4, 6 ;; %v1 = vmatmul %v0 }
+   0x7   : >> { %9 = sbr.rel (!%p3) target = $region5 }
+   0x8 PF: > { %v9 = vst } /* Start/End empty region 9 */
+   0x9   :  { exit }
+"""
+
+
+def test_the_busiest_loop_is_that_of_an_average_step():
+    """Six turns in one of four steps are fewer than two turns in each."""
+    rows = [[0, 0, 0], [0, 0, 0], *[[2, 0, 0]] * 2, [0, 0, 0], [0, 0, 0]]
+    table = tpu_static.Table(
+        ["MXU", "VSTORE", "VSTORE:SPILL"],
+        [2, 1, 1],
+        [*rows, *[[2, 0, 0]] * 2, [0, 1, 0], [0, 0, 0]],
+    )
+    found = tpu_static.figures(table, RARE, (3, 4))
+    assert found["hot"]["bundles"] == 2 * 2
+    assert found["step"]["bundles"] == round(1 + 2 * 2 + (2 + 6 * 2) / 4 + 1)
