@@ -47,14 +47,14 @@ def multiply(
     k)`` is added in place of the product of outputs n and inputs k; ``finish(rows, n,
     sums)`` takes each sum once it is whole, while others are under way.
     """
-    outputs, inputs = len(tile_ref) * _shared(x_ref, tile_ref), tile_ref.shape[1]
+    outputs, inputs = len(tile_ref) * _shared(tile_ref), tile_ref.shape[1]
     zero = jnp.zeros((), acc_ref.dtype)
 
     def add(rows):
         for n in slices(outputs):
             old = zero if fresh is True else jnp.where(fresh, zero, acc_ref[rows, n])
             for k in slices(inputs, depth):
-                part = product(x_ref[rows, k], take(tile_ref, n, k, x_ref), NT)
+                part = product(x_ref[rows, k], take(tile_ref, n, k), NT)
                 acc_ref[rows, n] = old + (weigh(part, n, k) if weigh else part)
                 old = acc_ref[rows, n]
             if finish:
@@ -75,26 +75,26 @@ def room(outputs: int, inputs: int, dtype):
 
 
 def put(tile_ref, outputs: slice, inputs: slice, values) -> None:
-    """Store ``values`` [outputs, inputs] of a tile's dtype in its ``room``."""
-    each = _shared(values, tile_ref)
-    rows = slice(outputs.start // each, outputs.stop // each)
-    tile_ref[rows, inputs] = _as(values, tile_ref.dtype)
+    """Store ``values`` [outputs, inputs] in the ``room`` of a tile, in its dtype."""
+    if tile_ref.dtype == jnp.int32:
+        values = pltpu.bitcast(values.astype(jnp.bfloat16), jnp.int32)
+    tile_ref[_rows(tile_ref, outputs), inputs] = values.astype(tile_ref.dtype)
 
 
-def take(tile_ref, outputs: slice, inputs: slice, like) -> Array:
-    """What ``put`` stored, of the dtype of ``like``."""
-    each = _shared(like, tile_ref)
-    rows = slice(outputs.start // each, outputs.stop // each)
-    return _as(tile_ref[rows, inputs], like.dtype)
+def take(tile_ref, outputs: slice, inputs: slice) -> Array:
+    """What ``put`` stored, or a part of any other tile."""
+    values = tile_ref[_rows(tile_ref, outputs), inputs]
+    return pltpu.bitcast(values, jnp.bfloat16) if values.dtype == jnp.int32 else values
 
 
-def _shared(narrow, tile_ref) -> int:
-    """Outputs in a row of the tile."""
-    return tile_ref.dtype.itemsize // narrow.dtype.itemsize
+def _shared(tile_ref) -> int:
+    """Outputs in a row of a tile."""
+    return 2 if tile_ref.dtype == jnp.int32 else 1
 
 
-def _as(values, dtype):
-    return values if values.dtype == dtype else pltpu.bitcast(values, dtype)
+def _rows(tile_ref, outputs: slice) -> slice:
+    each = _shared(tile_ref)
+    return slice(outputs.start // each, outputs.stop // each)
 
 
 def multiply_scaled(

@@ -7,10 +7,12 @@ cut along either axis, so they shard, and a kernel reads each without shuffling.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, UInt8
+
+Planes = tuple[UInt8[Array, "out _"], ...]  # of a matrix, inputs in the minor axis
 
 
 def parts(bits: int) -> tuple[int, ...]:
@@ -20,27 +22,39 @@ def parts(bits: int) -> tuple[int, ...]:
     return tuple(p for p in (8, 4, 2, 1) if bits & p)
 
 
-def ascending(planes: Sequence[Array], bits: int) -> Iterator[tuple[Array, int, int]]:
-    """(plane, bits of its part of a code, the lowest of them), low planes first."""
-    low = 0
-    for plane, part in zip(reversed(planes), reversed(parts(bits)), strict=True):
-        yield plane, part, low
-        low += part
+def spans(bits: int) -> tuple[tuple[int, int], ...]:
+    """(width, lowest bit of the code) of each plane: 3 -> ((2, 1), (1, 0))."""
+    return tuple((part, bits & (part - 1)) for part in parts(bits))
 
 
-def starts(part: int, ndim: int) -> UInt8[Array, "*ones codes"]:
-    """Where the codes of one byte begin, along the last of ``ndim`` axes."""
-    shifts = jnp.arange(8 // part, dtype=jnp.uint8) * jnp.uint8(part)
-    return jnp.expand_dims(shifts, tuple(range(ndim - 1)))
+def pack(
+    codes: UInt8[Array, "*lead n"], bits: int
+) -> tuple[UInt8[Array, "*lead _"], ...]:
+    """Planes of ``codes`` < 2^bits; a short last byte is filled with zeros."""
+    planes = []
+    for part, low in spans(bits):
+        piece = (codes >> low) & (2**part - 1)
+        short = -codes.shape[-1] % (8 // part)
+        piece = jnp.pad(piece, [(0, 0)] * (codes.ndim - 1) + [(0, short)])
+        grouped = piece.reshape(*codes.shape[:-1], -1, 8 // part)
+        shifted = grouped << _starts(part, grouped.ndim)
+        planes.append(shifted.sum(-1, dtype=jnp.uint8))
+    return tuple(planes)
 
 
 def unpack(
     planes: Sequence[UInt8[Array, "*lead _"]], bits: int, count: int
 ) -> UInt8[Array, "*lead count"]:
-    """The first ``count`` codes of each row."""
+    """The first ``count`` codes of each row (inverse of ``pack``)."""
     total = jnp.uint8(0)
-    for plane, part, low in ascending(planes, bits):
-        piece = plane[..., None] >> starts(part, plane.ndim + 1)
+    for plane, (part, low) in zip(planes, spans(bits), strict=True):
+        piece = plane[..., None] >> _starts(part, plane.ndim + 1)
         piece = (piece & jnp.uint8(2**part - 1)).reshape(*plane.shape[:-1], -1)
         total = total | (piece[..., :count] << jnp.uint8(low))
     return total
+
+
+def _starts(part: int, ndim: int) -> UInt8[Array, "*ones codes"]:
+    """Where the codes of one byte begin, along the last of ``ndim`` axes."""
+    shifts = jnp.arange(8 // part, dtype=jnp.uint8) * jnp.uint8(part)
+    return jnp.expand_dims(shifts, tuple(range(ndim - 1)))

@@ -143,9 +143,9 @@ def figures(table: Table, bundles: str, grid: tuple[int, ...] = ()) -> dict:
     least = min((around[p.first] for p in parts if table.filled(p, unit)), default=0)
 
     def work(part: Stretch) -> float:
-        """Of the matrix unit in an average step; more is jumped over in most steps."""
-        rare = max(0, around[part.first] - least)
-        return part.turns * table.filled(part, unit) / grid[-1] ** rare
+        """Of the matrix unit in an average step: further jumps pass it in most."""
+        deeper = max(0, around[part.first] - least)
+        return part.turns * table.filled(part, unit) / grid[-1] ** deeper
 
     top = max(parts, key=lambda part: (work(part), part.count))
     rare = [jump for jump in skipped if top.first not in jump]

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, UInt8
 
 from jaxllm.core.arrays import to_rank
-from pallas_kernels.planes import parts, starts, unpack
+from pallas_kernels.planes import pack, parts, unpack
 
 __all__ = [
     "Planes",
@@ -20,21 +20,6 @@ __all__ = [
 ]
 
 Planes = tuple[UInt8[Array, "... _"], ...]
-
-
-def pack(codes: UInt8[Array, "... n"], bits: int) -> Planes:
-    """Planes of ``codes`` < 2^bits; a short last byte is filled with zeros."""
-    planes, low = [], 0
-    for part in reversed(parts(bits)):
-        piece = (codes >> low) & (2**part - 1)
-        per_byte = 8 // part
-        short = -codes.shape[-1] % per_byte
-        pad = [(0, 0)] * (codes.ndim - 1) + [(0, short)]
-        grouped = jnp.pad(piece, pad).reshape(*codes.shape[:-1], -1, per_byte)
-        shifted = grouped << starts(part, grouped.ndim)
-        planes.append(shifted.sum(-1, dtype=jnp.uint8))
-        low += part
-    return tuple(reversed(planes))
 
 
 def packed_bytes(count: int, bits: int) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from pallas_kernels.planes import unpack
-from pallas_kernels.quantized_matmul.reference import LowRank, Planes, corrected
+from pallas_kernels.planes import Planes, unpack
+from pallas_kernels.quantized_matmul.reference import LowRank, corrected
 
 
 def check(x, mask, values, scale, zero, n: int, m: int, bits, block) -> None:

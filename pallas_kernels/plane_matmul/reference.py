@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8, UInt8
 
+from pallas_kernels.planes import Planes
 from pallas_kernels.quantized_matmul.reference import spread
 
-Planes = tuple[UInt8[Array, "out _"], ...]
 Scales = tuple[Float[Array, "out blocks"], ...]
 
 # Values of one code and how many a byte holds, the first input in the lowest place.

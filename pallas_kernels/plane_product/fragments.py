@@ -18,7 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels import compat
-from pallas_kernels.planes import parts
+from pallas_kernels.planes import parts, spans
 from pallas_kernels.quantized_matmul.fragments import (
     ROW,
     ROW_AXIS,
@@ -112,9 +112,9 @@ def centred_words(words: list, bits: int) -> list:
         for word, part in zip(words, widths, strict=True)
     ]
     for place in range(8 // widths[0]):
-        total, low = None, 8
-        for word, part in zip(fields, widths, strict=True):
-            low -= part
+        total = None
+        for word, (part, low) in zip(fields, spans(bits), strict=True):
+            low += 8 - bits  # at the top of a byte
             by = part * place - low
             moved = word >> by if by > 0 else word << -by if by < 0 else word
             moved = moved & ((2**part - 1) << low) * 0x01010101

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.integer_tiles import Tuning, scaled_sums
 from pallas_kernels.mxu import NT, product
 from pallas_kernels.plane_product.reference import check
-from pallas_kernels.planes import parts
+from pallas_kernels.planes import parts, spans
 
 
 def plane_product(
@@ -50,7 +50,7 @@ def plane_product(
     wide = tuning.padded(x)
     ordered = [wide.reshape(len(wide), -1, c).transpose(2, 0, 1) for c in fields]
     y = scaled_sums(
-        functools.partial(_add, widths=widths),
+        functools.partial(_add, spans=spans(bits)),
         (ordered, list(planes)),
         [
             [pl.BlockSpec((c, tm, tk // c), lambda i, j, k: (0, i, k)) for c in fields],
@@ -68,11 +68,9 @@ def plane_product(
     return y.reshape(*lead, len(planes[0]))
 
 
-def _add(x_refs, w_refs, sum_ref, *, widths):
+def _add(x_refs, w_refs, sum_ref, *, spans):
     """Add each field's product, shifted to its plane's place."""
-    low = sum(widths)
-    for x_ref, w_ref, width in zip(x_refs, w_refs, widths, strict=True):
-        low -= width
+    for x_ref, w_ref, (width, low) in zip(x_refs, w_refs, spans, strict=True):
         words = pltpu.bitcast(w_ref[...], jnp.int32)
         for field in range(8 // width):
             w = pltpu.bitcast(_field(words, field, width), jnp.int8)

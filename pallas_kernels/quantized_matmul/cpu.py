@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from pallas_kernels.planes import ascending, parts
+from pallas_kernels.planes import parts, spans
 from pallas_kernels.quantized_matmul.reference import corrected
 
 LANES = 8  # bytes side by side: one vector of floats
@@ -72,7 +72,8 @@ def _by_lanes(x, planes, scale, zero, *, bits, middle) -> Array:
     scale = scale.astype(jnp.float32)
     shift = scale * (middle if zero is None else zero.astype(jnp.float32))
     y = -x.reshape(len(x), scale.shape[-1], -1).sum(-1) @ shift.T
-    for plane, part, low in ascending(planes, bits):
+    small_first = zip(reversed(planes), reversed(spans(bits)), strict=True)
+    for plane, (part, low) in small_first:
         y += 2.0**low * _lanes(x, plane, scale, part)
     return y
 
@@ -143,7 +144,7 @@ def _by_outputs(x, planes, scale, zero, *, bits, block, middle) -> Array:
 def _digits(planes, bits: int, j: int, span: int) -> Array:
     """Code ``j`` of every ``span`` of them, [out, in / span] in float32."""
     total = jnp.float32(0)
-    for plane, part, low in ascending(planes, bits):
+    for plane, (part, low) in zip(planes, spans(bits), strict=True):
         byte, place = divmod(j * part, 8)
         here = plane.reshape(len(plane), -1, span * part // 8)[..., byte]
         digit = (here >> jnp.uint8(place)) & jnp.uint8(2**part - 1)

@@ -11,7 +11,7 @@ from pallas_kernels import hopper, hopper_plan
 from pallas_kernels import tuning as tables
 from pallas_kernels.hopper import LANES
 from pallas_kernels.hopper_plan import Stream, Tuning
-from pallas_kernels.planes import parts
+from pallas_kernels.planes import parts, spans
 from pallas_kernels.quantized_matmul import fragments
 
 
@@ -114,13 +114,12 @@ def _fits(step: int, inputs: int, bits: int, block: int, most: int) -> bool:
 
 def plan_of(x, outputs, zero, bits, block, levels, offset, tuning, narrow) -> Plan:
     """The plan for padded ``x`` [M, K] and these arguments."""
-    planes, low = [], 0
-    for part in reversed(parts(bits)):
+    planes = []
+    for part, low in spans(bits):
         size = tuning.inputs * part // 8
         planes.append(
             Plane(part, low, size, min(size, (block or x.shape[1]) * part // 8))
         )
-        low += part
     kind = "none"
     if zero is not None and levels is None:
         whole = jnp.issubdtype(zero.dtype, jnp.integer)
@@ -130,7 +129,7 @@ def plan_of(x, outputs, zero, bits, block, levels, offset, tuning, narrow) -> Pl
         inputs=x.shape[1],
         outputs=outputs,
         block=None if block == x.shape[1] else block,
-        planes=tuple(reversed(planes)),
+        planes=tuple(planes),
         zero=kind,
         middle=float(2 ** (bits - 1) if offset is None else offset),
         levels=levels,

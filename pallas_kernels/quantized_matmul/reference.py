@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
-from pallas_kernels.planes import unpack
+from pallas_kernels.planes import Planes, unpack
 
-Planes = tuple[UInt8[Array, "out _"], ...]
 LowRank = tuple[Float[Array, "in rank"], Float[Array, "rank out"]]
 
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from pallas_kernels.planes import parts
+from pallas_kernels.planes import spans
 from pallas_kernels.quantized_matmul.tpu_planes import Reading, Tuning
 from pallas_kernels.quantized_matmul.tpu_product import product
 
 
 def readings(bits: int, levels: tuple[float, ...] | None) -> tuple[Reading, ...]:
     """The highest plane is read signed (code - 2^(bits - 1)), the lower ones as is."""
-    widths = parts(bits)
+    planes = spans(bits)
     if levels is not None:
-        if len(widths) > 1 or bits > 4:
+        if len(planes) > 1 or bits > 4:
             raise NotImplementedError(f"a table of codes of {bits} bits")
         return (Reading(bits, signed=False, levels=tuple(levels)),)
-    low, found = bits, []
-    for part in widths:
-        low -= part
-        found.append(Reading(part, signed=not found, factor=2.0**low))
-    return tuple(found)
+    return tuple(
+        Reading(part, signed=not i, factor=2.0**low)
+        for i, (part, low) in enumerate(planes)
+    )
 
 
 def quantized_matmul(

@@ -21,9 +21,7 @@ def words(plane_ref, outputs: slice, start: int, lanes: int):
     return pltpu.bitcast(plane_ref[outputs, start : start + lanes], jnp.int32)
 
 
-def fill(
-    tile_ref, plane_ref, scale, *, plan: Plan, reading: Reading, step, kind, dtype
-):
+def fill(tile_ref, plane_ref, scale, *, plan: Plan, reading: Reading, step, kind):
     """The tile [outputs, inputs] of codes times scale, multiplied as ``kind``."""
     (outputs, count), lanes = plane_ref.shape, plan.lanes(reading)
     for first in range(0, outputs, GROUP):
@@ -35,7 +33,7 @@ def fill(
             for phase in range(reading.phases):
                 value = reading.read(piece, phase).astype(kind) * factor.astype(kind)
                 to = start * reading.phases + phase * lanes
-                put(tile_ref, here, slice(to, to + lanes), value.astype(dtype))
+                put(tile_ref, here, slice(to, to + lanes), value)
 
 
 def _inside(plan: Plan, reading: Reading, start, count: int):

@@ -118,7 +118,7 @@ def _body(*refs, plan: Plan, tuning: Tuning, groups, counts, shift, kind):
             _split(own_x[...], planes[i], scale, accumulators[i], group=group, **same)
         else:
             acc_ref, tile_ref = scratch
-            fill(tile_ref, planes[i], scale, kind=kind, dtype=own_x.dtype, **same)
+            fill(tile_ref, planes[i], scale, kind=kind, **same)
             fresh = (step == 0) if i == 0 else False
             mxu.multiply(own_x, tile_ref, acc_ref, fresh, tuning.chunk)
 

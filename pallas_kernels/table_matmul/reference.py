@@ -5,8 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.planes import parts, unpack
-from pallas_kernels.quantized_matmul.reference import Planes
+from pallas_kernels.planes import Planes, parts, unpack
 
 
 def check(x, planes, table, bits: int, block: int | None) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8, UInt8
 
-from pallas_kernels.planes import unpack
-from pallas_kernels.quantized_matmul.reference import Planes
+from pallas_kernels.planes import Planes, unpack
 
 
 def check(x_codes, planes, group_scale, group_zero, x_scale, w_scale, bits, block):
