@@ -7,8 +7,8 @@ the bundles, the share of matrix-unit and vector slots that they fill, and regis
 spills; of a Pallas kernel also ``hot``, the loop that keeps the matrix unit busiest,
 and ``step``, an average step of the grid: inner loops count as often as they turn, and
 what runs in some steps alone (the first, the last) counts once in the grid's last
-axis. Static figures of the compiler's schedule, not measurements: memory is not waited
-for.
+axis; ``open`` tells of a loop that ends by data, which counts as one turn. Static
+figures of the compiler's schedule, not measurements: memory is not waited for.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Stretch:
     head: int  # first bundle of the inner loop around it, or its own
     count: int = 0
     turns: float = 1
+    open: bool = False  # the loop ends by data: one turn stands for it
 
     @property
     def bundles(self) -> range:
@@ -110,10 +111,11 @@ def stretches(text: str) -> tuple[list[Stretch], list[range]]:
             jumps[branch["to"]] = bundle
             turns = limits.get(branch["if"])
             back = bool(around) and (turns is not None or branch["to"] in started)
-            if back and turns:
+            if back:
                 for part in found:
                     if part.first >= around[-1].first:
-                        part.turns *= turns
+                        part.turns *= turns or 1
+                        part.open |= turns is None
         found[-1].count += 1
     return found, skipped
 
@@ -158,6 +160,7 @@ def figures(table: Table, bundles: str, grid: tuple[int, ...] = ()) -> dict:
         "grid": grid,
         "step": slots(table, parts),
         "hot": slots(table, hot),
+        "open": any(part.open for part in parts),
     }
 
 

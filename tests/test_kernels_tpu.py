@@ -14,6 +14,8 @@ from pallas_kernels.quantized_matmul.tpu_planes import Tuning
 from pallas_kernels.scaled_matmul import cases as scaled_cases
 from pallas_kernels.scaled_matmul import reference as scaled_reference
 from pallas_kernels.scaled_matmul import tpu as scaled_tpu
+from pallas_kernels.scattered_matmul import segments
+from pallas_kernels.scattered_matmul import tpu as scattered_tpu
 from pallas_kernels.shapes import Linear
 from pallas_kernels.two_level_matmul import cases as two_level_cases
 from pallas_kernels.two_level_matmul import reference as two_level_reference
@@ -51,6 +53,25 @@ def test_bfloat16_arithmetic_rounds_once(monkeypatch):
     plain = run()
     monkeypatch.setattr(tpu_product, "bf16_arithmetic", lambda: True)
     assert jnp.array_equal(plain, run())
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(2, "bfloat16"), (17, "float32")])
+def test_scattered_sums_over_steps_and_batches(rows, dtype):
+    """Stripes of many, few and no entries; unused groups, batches past the last one."""
+    shape, count = (500, 400), 12_000
+    dense = jax.random.normal(jax.random.key(6), shape, dtype)
+    often = jnp.zeros(400).at[:128].set(0.15).at[256:].set(0.01)
+    chosen = jax.random.uniform(jax.random.key(7), shape) < often
+    listed = segments.pack(dense, chosen, count)
+    x = jax.random.normal(jax.random.key(8), (rows, 500), dtype)
+    tuning = scattered_tpu.Tuning(groups=8, batch=8)
+    with pltpu.force_tpu_interpret_mode(CAREFUL):
+        got = scattered_tpu.scattered_matmul(x, listed, outputs=400, tuning=tuning)
+    kept = jnp.where(chosen, dense, 0).astype(jnp.float32)
+    want = jnp.dot(x.astype(jnp.float32), kept, precision="highest")
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
+    assert not got[:, 128:256].any()
+    assert jnp.linalg.norm(got - want) <= tolerance * jnp.linalg.norm(want)
 
 
 @pytest.mark.parametrize("block", [None, 128])
@@ -113,6 +134,15 @@ def test_loops_count_as_often_as_they_turn():
     # What is jumped over holds the busiest loop: it belongs to every step.
     assert found["step"]["bundles"] == 2 + 1 + 12 + 1
     assert found["step"]["VSTORE:SPILL"] == 2
+    assert not found["open"]
+
+
+def test_a_loop_that_ends_by_data_counts_once_and_says_so():
+    by_data = BUNDLES.replace("%s3, 6", "%s3, %s4").replace(
+        "{ %p2", "{ /* Start region 4 */ %p2"
+    )
+    found = tpu_static.figures(tpu_static.Table.read(TABLE), by_data, (3, 4))
+    assert found["open"] and found["hot"]["bundles"] == 2
 
 
 RARE = """\

@@ -33,6 +33,7 @@ from jaxllm.core.weights import (
     ActivationQuantized,
     Gated,
     LowRank,
+    Segmented,
     Sparse,
     Sum,
     Trainable,
@@ -83,6 +84,13 @@ def corrected(*others):
     return Sum((*others, term()))
 
 
+def entries(w=None, count: int = 900):
+    """The largest entries, in segments."""
+    w = dense(8) if w is None else w
+    least = jnp.sort(jnp.abs(w).ravel())[-count]
+    return Segmented.of(w, jnp.abs(w) >= least, count)
+
+
 TYPES = {
     "2:4": pruned,
     "4:8": lambda: nearest(Pattern(0.5, 8))(dense(shape=(512, OUT)), None),
@@ -105,6 +113,7 @@ TYPES = {
     "corrected 2:4": lambda: corrected(pruned()),
     "corrected 2:4 int4": lambda: corrected(packed_on_zeros()),
     "adapted": lambda: Sum((rounded(Integer(4)), Trainable(term(gain=0.5)))),
+    "outliers": lambda: Sum((rounded(Integer(4)), entries())),
     "corrected codebook": lambda: corrected(
         nearest(Centroids(4, steps=2))(dense(), None)
     ),
@@ -130,7 +139,7 @@ def test_the_kernel_gives_the_dense_product(weight):
 
 KERNELS = ("pallas_call", "mpmd_map")  # of TPUs, of Mosaic GPU
 # Hopper has no kernel for these: blocks of 64 signs are 8 bytes.
-MISSING = {"tpu": (), "gpu": ("signs", "bits")}
+MISSING = {"tpu": (), "gpu": ("signs", "bits", "outliers")}
 
 
 @pytest.fixture(params=MISSING)

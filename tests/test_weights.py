@@ -49,6 +49,7 @@ from jaxllm.core.weights import (
     Permutation,
     Reassembly,
     Scale,
+    Segmented,
     StaticInput,
     Sum,
     Trainable,
@@ -127,6 +128,7 @@ TYPES = {
     "mpo": lambda: tensor_train(0.6)(dense(), None),
     "gated, open": lambda: Gated(dense(), jnp.exp(dense(3, (ROWS,))), kept=ROWS),
     "listed outliers": lambda: outliers(0.02, identity(), "float32")(dense(), None),
+    "outliers in segments": lambda: Segmented.of(dense(), dense() > 1.5, 90),
     "codebooks": lambda: nearest(Centroids(3, 16))(dense(), None),
     "binary planes": lambda: nearest(DigitPlanes(2, block=16, shift=True))(
         dense(), None

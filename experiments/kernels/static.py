@@ -39,6 +39,8 @@ CASES = (
     ("two_level_matmul", "llama3-8b/gate_up/w4a8-g128-asym/m16"),
     ("nm_matmul", "llama3-8b/gate_up/2of4-float/m1"),
     ("nm_matmul", "llama3-8b/gate_up/2of4-w4-g128/m1"),
+    ("scattered_matmul", "llama3-8b/down/1.00%/m1"),
+    ("scattered_matmul", "llama3-8b/down/1.00%/m16"),
 )
 # Hz: the peak of a TensorCore over what its matrix units do in a cycle (v6e: two rows
 # at a time). Not published for tpu7x: no times there.
@@ -82,7 +84,7 @@ def row(topology: str, op: str, name: str) -> dict:
     moved = bytes_moved(op, case)
     figures = {"chip": chip, "op": op, "case": name, "bytes": moved}
     figures |= tpu_static.scheduled(command)
-    if chip in CLOCK and "kernels" in figures:
+    if chip in CLOCK and "kernels" in figures and not any(map(is_open, steps(figures))):
         info = chip_info(topology)
         seconds = sum(map(all_bundles, steps(figures))) / CLOCK[chip]
         memory = moved / info.mem_bw_bytes_per_second
@@ -95,6 +97,11 @@ def row(topology: str, op: str, name: str) -> dict:
 def steps(entry: dict) -> list[dict]:
     """The Pallas kernels of a row, which have an average step."""
     return [kernel for kernel in entry["kernels"].values() if "step" in kernel]
+
+
+def is_open(kernel: dict) -> bool:
+    """A loop of it ends by data, so that its bundles are not counted."""
+    return kernel["open"]
 
 
 def all_bundles(kernel: dict) -> int:
@@ -138,7 +145,7 @@ def table(report: dict) -> str:
             "Useful: the time of the case's operations at peak over that of the Pallas",
             "kernels' bundles (above 100 %: the units will be waited for). The last",
             "column divides the latter by the time of reading and writing each byte",
-            "once: below 1, memory decides.",
+            "once: below 1, memory decides. Neither is known of a loop that ends by data.",
             "",
             "| op | case | chip | matrix slots, hot | step | useful | spills, hot "
             "| step | MB moved | bundles over memory |",

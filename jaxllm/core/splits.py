@@ -16,7 +16,7 @@ from jaxllm.core import metrics
 from jaxllm.core.scales import per_entry
 from jaxllm.core.solvers import factorize, resolve_rank
 from jaxllm.core.spec import expression
-from jaxllm.core.weights import LowRank, Scattered, Sparse, Trainable
+from jaxllm.core.weights import LowRank, Scattered, Segmented, Sparse, Trainable
 
 
 @expression
@@ -46,11 +46,11 @@ def outliers(
 ):
     """The weights of largest |w| sqrt(importance), kept apart in ``dtype``.
 
-    Stored as a list of places or as a bit mask, whichever is smaller.
+    Stored as a list of places, in segments or as a bit mask (``kept_apart``).
     """
     count_of = _counted(fraction)
 
-    def part(w, stats, key=None) -> Scattered | Sparse:
+    def part(w, stats, key=None) -> Scattered | Segmented | Sparse:
         size = jnp.abs(w).astype(jnp.float32)
         score = size * jnp.sqrt(per_entry(metric(stats, len(w)).importance))
         return kept_apart(w.astype(dtype), score, count_of(w))
@@ -70,7 +70,7 @@ def sensitive(
     """
     count_of = _counted(fraction)
 
-    def part(w, stats, key=None) -> Scattered | Sparse:
+    def part(w, stats, key=None) -> Scattered | Segmented | Sparse:
         if target is None:
             raise ValueError("sensitive needs the grid that the rest is rounded on")
         cost = metric(stats, len(w)).importance
@@ -102,12 +102,21 @@ def left_out_gain(target, w: Float[Array, "in out"], cost: Float[Array, "in"]):
     return jax.vmap(gains)(blocks, costs).reshape(-1, out)[:count]
 
 
-def kept_apart(w, score: Float[Array, "in out"], count: int) -> Scattered | Sparse:
-    """The ``count`` entries of highest score, in the smaller of two forms."""
+def kept_apart(
+    w, score: Float[Array, "in out"], count: int
+) -> Scattered | Segmented | Sparse:
+    """The ``count`` entries of highest score, as a list, as segments or as a bit mask.
+
+    The smallest of the three; segments, which a kernel reads, may be half as large
+    again.
+    """
     flat = jnp.zeros(w.size, bool).at[jnp.argsort(-score.ravel())[:count]].set(True)
-    chosen = flat.reshape(w.shape)
-    listed = Scattered.size(w.shape, count, w.dtype.itemsize)
-    if listed <= -(-len(w) // 8) * w.shape[1] + count * w.dtype.itemsize:
+    chosen, itemsize = flat.reshape(w.shape), w.dtype.itemsize
+    listed = Scattered.size(w.shape, count, itemsize)
+    masked = -(-len(w) // 8) * w.shape[1] + count * itemsize
+    if Segmented.size(w.shape, count, itemsize) <= 1.5 * min(listed, masked):
+        return Segmented.of(w, chosen, count)
+    if listed <= masked:
         return Scattered.of(w, chosen, count)
     return Sparse.of(w, chosen, count, "mask")
 

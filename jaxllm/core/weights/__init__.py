@@ -30,6 +30,7 @@ from jaxllm.core.weights.quantized import Quantized
 from jaxllm.core.weights.reassembly import Reassembly
 from jaxllm.core.weights.rowgroups import RowGroups, Transposed
 from jaxllm.core.weights.scattered import Scattered
+from jaxllm.core.weights.segmented import Segmented
 from jaxllm.core.weights.signed import Signed
 from jaxllm.core.weights.sparse import Sparse
 from jaxllm.core.weights.transformed import (
@@ -67,6 +68,7 @@ __all__ = [
     "RowGroups",
     "Scale",
     "Scattered",
+    "Segmented",
     "Signed",
     "Sparse",
     "StaticInput",

@@ -21,7 +21,8 @@ class Scattered(Weight):
     """``values`` [count] at the flat places ``index`` of [out, in], zero elsewhere.
 
     The index has the smallest unsigned type that holds in * out. Below one entry in
-    16 to 32 this is smaller than a bit mask (see ``Sparse``).
+    16 to 32 this is smaller than a bit mask (see ``Sparse``); no kernel reads it (see
+    ``Segmented``).
     """
 
     index: Leaf[UInt[Array, "*lead count"]]
