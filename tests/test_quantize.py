@@ -148,6 +148,28 @@ def test_exempt_weights_are_exact_and_the_rest_is_on_the_grid(layer):
     assert loss(w, swept, x) < 0.95 * loss(w, made, x)
 
 
+@pytest.mark.parametrize(
+    ("shape", "share", "kind"),
+    [
+        ((256, 192), 0.01, weights.Scattered),
+        ((1024, 768), 0.01, weights.Segmented),
+        ((1024, 768), 0.2, weights.Sparse),
+    ],
+)
+def test_few_entries_take_the_form_that_is_small_or_has_a_kernel(shape, share, kind):
+    w = jax.random.normal(jax.random.key(7), shape, jnp.bfloat16)
+    made = outliers(share, identity())(w, None)
+    assert isinstance(made, kind)
+    size = jnp.abs(w)
+    least = jnp.sort(size.ravel())[-int(share * w.size)]
+    dense = made.materialize()
+    np.testing.assert_array_equal(dense, jnp.where(dense == 0, 0, w))
+    assert (dense != 0).sum() == int(share * w.size)
+    assert jnp.where(dense == 0, size, 0).max() <= least
+    planned = jax.eval_shape(lambda w: outliers(share, identity())(w, None), w)
+    assert weights.nbytes(planned) == weights.nbytes(made) < 0.4 * w.nbytes
+
+
 def test_the_most_sensitive_weight_is_the_one_that_stretches_its_group():
     """One outlier per group: leaving it out helps the others, so it is chosen."""
     w = jax.random.uniform(jax.random.key(1), (32, 4), minval=-1.0, maxval=1.0)

@@ -145,7 +145,7 @@ def table(report: dict) -> str:
             "Useful: the time of the case's operations at peak over that of the Pallas",
             "kernels' bundles (above 100 %: the units will be waited for). The last",
             "column divides the latter by the time of reading and writing each byte",
-            "once: below 1, memory decides. Neither is known of a loop that ends by data.",
+            "once: below 1, memory decides. Neither is known if a loop ends by data.",
             "",
             "| op | case | chip | matrix slots, hot | step | useful | spills, hot "
             "| step | MB moved | bundles over memory |",
