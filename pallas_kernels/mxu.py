@@ -191,13 +191,15 @@ def _generation() -> int:
         return 0
 
 
-def halves(values) -> tuple[Array, ...]:
-    """bfloat16 terms whose sum is the values to 2^-17."""
-    high = values.astype(jnp.bfloat16)
+def terms(values, count: int = 2) -> tuple[Array, ...]:
+    """bfloat16 arrays whose sum is the values: to 2^-17 two of them, exactly three."""
     if values.dtype == jnp.bfloat16:
-        return (high,)
-    wide = values.astype(jnp.float32)
-    return high, (wide - high.astype(jnp.float32)).astype(jnp.bfloat16)
+        return (values,)
+    found, rest = [], values.astype(jnp.float32)
+    for _ in range(count):
+        found.append(rest.astype(jnp.bfloat16))
+        rest -= found[-1].astype(jnp.float32)
+    return tuple(found)
 
 
 def ones_where(condition, dtype) -> Array:

@@ -14,8 +14,7 @@ from pallas_kernels.quantized_matmul.tpu_planes import Tuning
 from pallas_kernels.scaled_matmul import cases as scaled_cases
 from pallas_kernels.scaled_matmul import reference as scaled_reference
 from pallas_kernels.scaled_matmul import tpu as scaled_tpu
-from pallas_kernels.scattered_matmul import segments
-from pallas_kernels.scattered_matmul import tpu as scattered_tpu
+from pallas_kernels.scattered_matmul import segments, tpu_dense, tpu_rows
 from pallas_kernels.shapes import Linear
 from pallas_kernels.two_level_matmul import cases as two_level_cases
 from pallas_kernels.two_level_matmul import reference as two_level_reference
@@ -64,10 +63,13 @@ def test_scattered_sums_over_steps_and_batches(rows, dtype):
     chosen = jax.random.uniform(jax.random.key(7), shape) < often
     listed = segments.pack(dense, chosen, count)
     x = jax.random.normal(jax.random.key(8), (rows, 500), dtype)
-    tuning = scattered_tpu.Tuning(groups=8, batch=8)
+    tuning = tpu_rows.Tuning(groups=8, batch=8)
     with pltpu.force_tpu_interpret_mode(CAREFUL):
-        got = scattered_tpu.scattered_matmul(x, listed, outputs=400, tuning=tuning)
-    kept = jnp.where(chosen, dense, 0).astype(jnp.float32)
+        got = tpu_rows.multiply(x, listed, outputs=400, tuning=tuning)
+        expanded = tpu_dense.unpack(listed, shape)
+    kept = jnp.where(chosen, dense, 0)
+    np.testing.assert_array_equal(expanded, kept)
+    kept = kept.astype(jnp.float32)
     want = jnp.dot(x.astype(jnp.float32), kept, precision="highest")
     tolerance = 1e-5 if dtype == "float32" else 1e-2
     assert not got[:, 128:256].any()

@@ -41,6 +41,7 @@ CASES = (
     ("nm_matmul", "llama3-8b/gate_up/2of4-w4-g128/m1"),
     ("scattered_matmul", "llama3-8b/down/1.00%/m1"),
     ("scattered_matmul", "llama3-8b/down/1.00%/m16"),
+    ("scattered_matmul", "llama3-8b/down/1.00%/m2048"),
 )
 # Hz: the peak of a TensorCore over what its matrix units do in a cycle (v6e: two rows
 # at a time). Not published for tpu7x: no times there.

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import mxu
-from pallas_kernels.mxu import NN, NT, bf16_arithmetic, by_rows, halves, slices
+from pallas_kernels.mxu import NN, NT, bf16_arithmetic, by_rows, slices, terms
 from pallas_kernels.quantized_matmul.tpu_folded import fill, words
 from pallas_kernels.quantized_matmul.tpu_inputs import activations, block_sums
 from pallas_kernels.quantized_matmul.tpu_planes import Groups, Plan, Reading, Tuning
@@ -44,7 +44,7 @@ def _scale_rows(scale, plan: Plan, reading: Reading, group: int, height: int, st
     block = jnp.minimum(byte // plan.span(reading), plan.blocks - 1)
     chosen = block == lax.broadcasted_iota(jnp.int32, shape, 1)
     chosen = chosen.astype(jnp.bfloat16)
-    return sum(mxu.product(chosen, h) for h in halves(scale)) * reading.multiplier
+    return sum(mxu.product(chosen, h) for h in terms(scale)) * reading.multiplier
 
 
 def _split(x, plane_ref, scale, acc_ref, *, plan, reading, group, step):
@@ -83,13 +83,13 @@ def _fold_rows(partial, rows: int):
 
 def _thrice(offsets):
     """What multiplies ``_sums`` so that float32 keeps all but its last bits."""
-    high, low = halves(offsets)
+    high, low = terms(offsets)
     return jnp.concatenate((high, high, low))
 
 
 def _sums(x, plan: Plan):
     """Sums of x over blocks [rows, 3 blocks] as bfloat16 terms: high, low, high."""
-    high, low = halves(block_sums(x, plan))
+    high, low = terms(block_sums(x, plan))
     return jnp.concatenate((high, low, high), 1)
 
 

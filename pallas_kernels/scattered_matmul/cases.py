@@ -39,10 +39,11 @@ def _cases():
     yield case(square, 1)
     yield case(up, 20, 0.1)
     yield case(ragged, 3, 0.5)
+    yield case(ragged, 300, 0.1)
     for linear in LLAMA3_8B[:4]:
         yield case(linear, 1)
     down = LLAMA3_8B[3]
-    for rows in (16, 64):
+    for rows in (16, 64, 256, 2048):
         yield case(down, rows)
     yield case(down, 1, 0.0045)
 

@@ -12,9 +12,10 @@ from pallas_kernels.scattered_matmul.segments import (
     STRIPE,
     WINDOW,
     Segments,
+    unpack,
 )
 
-TOGETHER = 16  # rows: each has a product of every slot
+FEW, TOGETHER = 256, 16  # rows: each of few has a product of every slot
 
 
 def check(x, segments: Segments, outputs: int) -> None:
@@ -40,6 +41,9 @@ def scattered_matmul(
     """
     check(x, segments, outputs)
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    if len(rows) > FEW:
+        y = rows @ unpack(segments, (rows.shape[1], outputs)).astype(jnp.float32)
+        return y.astype(x.dtype).reshape(*x.shape[:-1], outputs)
     window = segments.window.astype(jnp.int32)[:, None]
     source = jnp.minimum(window * WINDOW + segments.place, x.shape[-1] - 1)
     stripes = -(-outputs // STRIPE)

@@ -25,8 +25,8 @@ class Segments(NamedTuple):
 
     ``end[s, o]`` counts the entries of segment s that belong to outputs up to o of its
     stripe; it is zero in a segment without entries. Groups are in the order of their
-    stripes; those without entries come last, and their stripe is the one after the
-    last.
+    stripes, each of which has one at least; what is left belongs to the stripe after
+    the last.
     """
 
     stripe: UInt16[Array, "*lead groups"]
@@ -44,7 +44,7 @@ def room(shape: tuple[int, int], count: int) -> int:
     """
     windows, stripes = -(-shape[0] // WINDOW), -(-shape[1] // STRIPE)
     segments = (count + (SLOTS - 1) * min(count, windows * stripes)) // SLOTS
-    return (segments + (GROUP - 1) * min(count, stripes)) // GROUP
+    return segments // GROUP + stripes
 
 
 def size(shape: tuple[int, int], count: int, itemsize: int) -> int:
@@ -67,7 +67,7 @@ def pack(
     flags = ordered(chosen)
     held = flags.sum((2, 3))
     segments = -(-held // SLOTS)
-    groups = -(-segments.sum(1) // GROUP)
+    groups = jnp.maximum(1, -(-segments.sum(1) // GROUP))
     first = GROUP * _before(groups)[:, None] + _before(segments)  # of each bucket
     (at,) = jnp.nonzero(flags.ravel(), size=count, fill_value=flags.size)
     bucket, inside = at // (STRIPE * WINDOW), at % (STRIPE * WINDOW)
@@ -78,7 +78,9 @@ def pack(
     slot = row, rank % SLOTS
     blank = jnp.zeros((number * GROUP, SLOTS), jnp.uint8)
     runs = jnp.zeros((number * GROUP, STRIPE), int).at[row, inside // WINDOW].add(1)
-    stripe = jnp.full(number, stripes).at[row // GROUP].set(bucket // windows)
+    stripe = jnp.repeat(
+        jnp.arange(stripes + 1), jnp.append(groups, number), total_repeat_length=number
+    )
     window = jnp.zeros(number * GROUP, int).at[row].set(bucket % windows)
     value = ordered(dense).ravel().at[at].get(mode="clip")
     return Segments(

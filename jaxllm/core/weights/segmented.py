@@ -12,8 +12,6 @@ from jaxllm.core.weights.base import LEADING, Names, Weight
 from pallas_kernels.scattered_matmul import op as scattered_matmul
 from pallas_kernels.scattered_matmul import segments
 
-FEW = 256  # rows up to which the entries are multiplied as they are listed
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +57,8 @@ class Segmented(Weight):
         return segments.unpack(self.segments, self.shape)
 
     def dot(self, x):
-        tokens = x.size // x.shape[-1]
         if self.stripe.ndim != 1:
             return self.expanded(x, LEADING)
-        if tokens > FEW:
-            return self.expanded(x, f"{tokens} rows; up to {FEW} meet the list")
         return scattered_matmul(x, self.segments, outputs=self.outputs)
 
     def axes(self, names: Names) -> Segmented:
