@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -13,17 +15,14 @@ from pallas_kernels.shapes import LLAMA3_8B, TINY, Linear
 def make(key, *, rows: int, linear: Linear, share: float, dtype):
     """Random places; in each stripe of outputs some inputs have more than others."""
     keys = iter(jax.random.split(key, 4))
-    shape, count = (
-        (linear.inputs, linear.outputs),
-        int(share * linear.inputs * linear.outputs),
-    )
+    shape = linear.inputs, linear.outputs
+    count = int(share * math.prod(shape))
     x = jax.random.normal(next(keys), (rows, linear.inputs), dtype)
     dense = jax.random.normal(next(keys), shape, dtype)
     often = jax.random.normal(next(keys), (linear.inputs, 1))
     score = often + jax.random.normal(next(keys), shape)
-    flat = (
-        jnp.zeros(score.size, bool).at[jax.lax.top_k(score.ravel(), count)[1]].set(True)
-    )
+    _, largest = jax.lax.top_k(score.ravel(), count)
+    flat = jnp.zeros(score.size, bool).at[largest].set(True)
     return x, pack(dense, flat.reshape(shape), count)
 
 

@@ -15,7 +15,8 @@ from pallas_kernels.scattered_matmul.segments import (
     unpack,
 )
 
-FEW, TOGETHER = 256, 16  # rows: each of few has a product of every slot
+FEW = 256  # rows up to which there is a product for each slot
+TOGETHER = 16  # of them
 
 
 def check(x, segments: Segments, outputs: int) -> None:
