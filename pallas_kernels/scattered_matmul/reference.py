@@ -46,7 +46,8 @@ def scattered_matmul(
         y = rows @ unpack(segments, (rows.shape[1], outputs)).astype(jnp.float32)
         return y.astype(x.dtype).reshape(*x.shape[:-1], outputs)
     window = segments.window.astype(jnp.int32)[:, None]
-    source = jnp.minimum(window * WINDOW + segments.place, x.shape[-1] - 1)
+    source = window * WINDOW + segments.place.astype(jnp.int32)
+    source = jnp.minimum(source, x.shape[-1] - 1)  # of free slots
     stripes = -(-outputs // STRIPE)
 
     def multiply(row):

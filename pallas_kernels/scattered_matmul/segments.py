@@ -8,6 +8,7 @@ Heroux and Zagha 1993, CMU-CS-93-173). Eight segments of one stripe are a group.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -101,10 +102,11 @@ def unpack(segments: Segments, shape: tuple[int, int]) -> Float[Array, "*lead in
     """The dense matrix [in, out]; inverse of ``pack``."""
     if segments.stripe.ndim > 1:
         return jax.vmap(lambda s: unpack(s, shape))(segments)
-    slots = jnp.arange(SLOTS)
-    run = jax.vmap(lambda end: jnp.searchsorted(end, slots, side="right"))(segments.end)
+    count = functools.partial(jnp.searchsorted, v=jnp.arange(SLOTS), side="right")
+    run = jax.vmap(count)(segments.end.astype(int))  # the output of each slot
     stripe = jnp.repeat(segments.stripe.astype(int), GROUP)[:, None]
     window = segments.window.astype(int)[:, None]
     target = jnp.where(run < STRIPE, stripe * STRIPE + run, shape[1])  # free: dropped
     blank = jnp.zeros(shape, segments.value.dtype)
-    return blank.at[window * WINDOW + segments.place, target].add(segments.value)
+    source = window * WINDOW + segments.place.astype(int)
+    return blank.at[source, target].add(segments.value)
