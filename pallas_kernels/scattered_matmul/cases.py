@@ -36,7 +36,7 @@ def case(linear, rows, share=0.01):
 def _cases():
     square, up, ragged = TINY
     yield case(square, 1)
-    yield case(up, 20, 0.1)
+    yield case(up, 20, 0.02)
     yield case(ragged, 3, 0.5)
     yield case(ragged, 300, 0.1)
     for linear in LLAMA3_8B[:4]:
