@@ -17,6 +17,23 @@ for _flag, _value in _FLAGS.items():
         _flags = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}"
         os.environ["XLA_FLAGS"] = _flags.strip()
 os.environ.setdefault("MPLBACKEND", "agg")
+
+
+def _own_cores() -> None:
+    """Parallel test processes do not share cores, nor do those that they start.
+
+    XLA waits for all threads of a product; one that shares its core makes all late.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if not worker or not hasattr(os, "sched_setaffinity"):
+        return
+    cores, mine = sorted(os.sched_getaffinity(0)), int(worker.removeprefix("gw"))
+    count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    own = cores[mine % len(cores) :: count]
+    os.sched_setaffinity(0, own)
+
+
+_own_cores()
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
