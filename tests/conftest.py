@@ -9,7 +9,8 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXLLM_TEST_PLATFORM", "cpu")
 _FLAGS = {"--xla_force_host_platform_device_count": "8"}
-if importlib.metadata.version("jaxlib") < "0.11":
+_VERSION = importlib.metadata.version("jaxlib").split(".")
+if tuple(map(int, _VERSION[:2])) < (0, 11):
     # A third less time to compile tiny programs; later versions have no such flag.
     _FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
 for _flag, _value in _FLAGS.items():
@@ -17,6 +18,7 @@ for _flag, _value in _FLAGS.items():
         _flags = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}"
         os.environ["XLA_FLAGS"] = _flags.strip()
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def _own_cores() -> None:
@@ -34,7 +36,6 @@ def _own_cores() -> None:
 
 
 _own_cores()
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def _cache_folder() -> Path:
