@@ -170,6 +170,16 @@ def test_few_entries_take_the_form_that_is_small_or_has_a_kernel(shape, share, k
     assert weights.nbytes(planned) == weights.nbytes(made) < 0.4 * w.nbytes
 
 
+@pytest.mark.parametrize("share", (0.0045, 0.01))  # SqueezeLLM's, SpQR's
+@pytest.mark.parametrize("shape", [(4096, 4096), (4096, 28672), (14336, 4096)])
+def test_outliers_of_an_8b_model_have_a_kernel(shape, share):
+    w = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    made = jax.eval_shape(lambda w: outliers(share, identity())(w, None), w)
+    assert isinstance(made, weights.Segmented)
+    listed = weights.Scattered.size(shape, int(share * w.size), 2)
+    assert weights.nbytes(made) < 1.55 * listed
+
+
 def test_the_most_sensitive_weight_is_the_one_that_stretches_its_group():
     """One outlier per group: leaving it out helps the others, so it is chosen."""
     w = jax.random.uniform(jax.random.key(1), (32, 4), minval=-1.0, maxval=1.0)

@@ -107,14 +107,14 @@ def kept_apart(
 ) -> Scattered | Segmented | Sparse:
     """The ``count`` entries of highest score, as a list, as segments or as a bit mask.
 
-    The smallest of the three; segments, which a kernel reads, may be half as large
-    again as the list.
+    The smallest of the three; segments, which a kernel reads, may be three fifths
+    larger than the list: of a packed weight with half a percent apart that is 3 %.
     """
     flat = jnp.zeros(w.size, bool).at[jnp.argsort(-score.ravel())[:count]].set(True)
     chosen, itemsize = flat.reshape(w.shape), w.dtype.itemsize
     listed = Scattered.size(w.shape, count, itemsize)
     masked = -(-len(w) // 8) * w.shape[1] + count * itemsize
-    if Segmented.size(w.shape, count, itemsize) <= min(1.5 * listed, masked):
+    if Segmented.size(w.shape, count, itemsize) <= min(1.6 * listed, masked):
         return Segmented.of(w, chosen, count)
     if listed <= masked:
         return Scattered.of(w, chosen, count)
