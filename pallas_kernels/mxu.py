@@ -202,6 +202,17 @@ def terms(values, count: int = 2) -> tuple[Array, ...]:
     return tuple(found)
 
 
+def product_of_terms(a, b, dimensions=NN, count: int = 2) -> Array:
+    """``product`` of the ``terms`` of a with b, which is bfloat16."""
+    return sum(product(term, b, dimensions) for term in terms(a, count))
+
+
+def before(a) -> Array:
+    """What stands in the lane before, zero in the first."""
+    lane = lax.broadcasted_iota(jnp.int32, a.shape, 1)
+    return jnp.where(lane > 0, pltpu.roll(a, 1, 1), 0)
+
+
 def ones_where(condition, dtype) -> Array:
     """1 where true: a matrix that moves lanes, exactly."""
     # A mask becomes bfloat16 in two steps.

@@ -118,8 +118,6 @@ def example(name: str):
 
 
 def random_bits(bits: np.random.Generator, a) -> jax.Array:
-    if a.dtype == bool:
-        return jnp.asarray(bits.integers(0, 2, a.shape) > 0)
     drawn = bits.bytes(a.size * a.dtype.itemsize)
     return jnp.asarray(np.frombuffer(drawn, a.dtype).reshape(a.shape))
 

@@ -84,9 +84,9 @@ def corrected(*others):
     return Sum((*others, term()))
 
 
-def entries(w=None, count: int = 900):
+def entries(count: int = 900):
     """The largest entries, in segments."""
-    w = dense(8) if w is None else w
+    w = dense(8)
     least = jnp.sort(jnp.abs(w).ravel())[-count]
     return Segmented.of(w, jnp.abs(w) >= least, count)
 

@@ -85,7 +85,7 @@ def row(topology: str, op: str, name: str) -> dict:
     moved = bytes_moved(op, case)
     figures = {"chip": chip, "op": op, "case": name, "bytes": moved}
     figures |= tpu_static.scheduled(command)
-    if chip in CLOCK and "kernels" in figures and not any(map(is_open, steps(figures))):
+    if chip in CLOCK and "kernels" in figures and counted(figures):
         info = chip_info(topology)
         seconds = sum(map(all_bundles, steps(figures))) / CLOCK[chip]
         memory = moved / info.mem_bw_bytes_per_second
@@ -100,9 +100,9 @@ def steps(entry: dict) -> list[dict]:
     return [kernel for kernel in entry["kernels"].values() if "step" in kernel]
 
 
-def is_open(kernel: dict) -> bool:
-    """A loop of it ends by data, so that its bundles are not counted."""
-    return kernel["open"]
+def counted(entry: dict) -> bool:
+    """No loop of its kernels ends by data."""
+    return not any(kernel["open"] for kernel in steps(entry))
 
 
 def all_bundles(kernel: dict) -> int:

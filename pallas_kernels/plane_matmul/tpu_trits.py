@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mxu import NT, TN, dot, ones_where, terms
+from pallas_kernels.mxu import NT, TN, dot, ones_where, product_of_terms
 from pallas_kernels.plane_matmul.reference import block_sums
 from pallas_kernels.quantized_matmul.tpu_inputs import interleaved
 
@@ -92,4 +92,4 @@ def _spread(scale, first, place: int, size: int):
     byte = first + lax.broadcasted_iota(jnp.int32, shape, 1)
     block = lax.broadcasted_iota(jnp.int32, shape, 0)
     inside = ones_where((byte * HELD + place) // size == block, jnp.bfloat16)
-    return sum(dot(part, inside, TN) for part in terms(scale))
+    return product_of_terms(scale, inside, TN)

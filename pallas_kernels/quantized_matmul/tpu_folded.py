@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mxu import TN, product, put, terms
+from pallas_kernels.mxu import TN, product_of_terms, put
 from pallas_kernels.quantized_matmul.tpu_planes import Plan, Reading
 
 GROUP = 128  # outputs whose scale is spread at a time: whole lanes of it
@@ -28,7 +28,7 @@ def fill(tile_ref, plane_ref, scale, *, plan: Plan, reading: Reading, step, kind
         here = slice(first, min(first + GROUP, outputs))
         for start in range(0, count, lanes):
             inside = _inside(plan, reading, step * count + start, lanes)
-            factor = sum(product(part, inside, TN) for part in terms(scale[:, here]))
+            factor = product_of_terms(scale[:, here], inside, TN)
             piece = words(plane_ref, here, start, lanes)
             for phase in range(reading.phases):
                 value = reading.read(piece, phase).astype(kind) * factor.astype(kind)

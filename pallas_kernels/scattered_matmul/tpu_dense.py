@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mxu import ones_where, product, terms
+from pallas_kernels.mxu import before, ones_where, product_of_terms
 from pallas_kernels.scattered_matmul.segments import (
     GROUP,
     SLOTS,
@@ -64,16 +64,13 @@ def unpack(segments: Segments, shape: tuple[int, int], *, interpret: bool = Fals
 def _kernel(stripe_ref, window_ref, place_ref, end_ref, value_ref, dense_ref, *, last):
     """Every stripe has a group, and the first one clears it."""
     group = pl.program_id(0)
-    stripe = stripe_ref[group]
-    before = stripe_ref[jnp.maximum(group - 1, 0)]
+    stripe, previous = stripe_ref[group], stripe_ref[jnp.maximum(group - 1, 0)]
 
-    @pl.when((group == 0) | (stripe > before) & (stripe <= last))
+    @pl.when((group == 0) | (stripe > previous) & (stripe <= last))
     def _():
         dense_ref[...] = jnp.zeros(dense_ref.shape, dense_ref.dtype)
 
-    slot, lane = (
-        lax.broadcasted_iota(jnp.int32, (SLOTS, STRIPE), axis) for axis in (0, 1)
-    )
+    slot = lax.broadcasted_iota(jnp.int32, (SLOTS, STRIPE), 0)
 
     def row(ref, s, dtype):
         return jnp.broadcast_to(ref[0, s : s + 1, :].astype(dtype), slot.shape)
@@ -82,14 +79,13 @@ def _kernel(stripe_ref, window_ref, place_ref, end_ref, value_ref, dense_ref, *,
     def _():
         for s in range(GROUP):
             end = row(end_ref, s, jnp.int32)
-            start = jnp.where(lane > 0, pltpu.roll(end, 1, 1), 0)
-            owned = ones_where((start <= slot) & (slot < end), jnp.bfloat16)
+            owned = ones_where((before(end) <= slot) & (slot < end), jnp.bfloat16)
             place, values = row(place_ref, s, jnp.int32), row(value_ref, s, jnp.float32)
             window = pl.multiple_of(window_ref[group * GROUP + s] * WINDOW, WINDOW)
             for half in range(0, WINDOW, SLOTS):
                 spread = jnp.where(place == slot + half, values, 0.0)
-                each = terms(spread.astype(dense_ref.dtype), 3)
+                spread = spread.astype(dense_ref.dtype)
                 rows = pl.ds(window + half, SLOTS)
                 dense = dense_ref[rows, :].astype(jnp.float32)
-                dense += sum(product(term, owned) for term in each)
+                dense += product_of_terms(spread, owned, count=3)
                 dense_ref[rows, :] = dense.astype(dense_ref.dtype)

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mxu import ones_where, product, terms
+from pallas_kernels.mxu import before, ones_where, product_of_terms
 from pallas_kernels.scattered_matmul.segments import (
     GROUP,
     SLOTS,
@@ -57,9 +57,11 @@ def multiply(
     rows = min(ROWS, count)
     batch = max(FEWEST, tuning.batch // (1 << (rows - 1).bit_length()))
     stripes, windows = pl.cdiv(outputs, STRIPE), pl.cdiv(inputs, WINDOW)
-    words = _words(x.dtype, rows, windows)
-    sums = pltpu.VMEM((stripes + 1, rows, GROUP, STRIPE), jnp.float32)
-    if 4 * (math.prod(words.shape) + math.prod(sums.shape)) > VMEM // 2:
+    # Both halves of a window share a word of x in bfloat16.
+    halves, word = (1, jnp.int32) if x.dtype == jnp.bfloat16 else (2, jnp.float32)
+    words = halves, windows * rows, SLOTS
+    sums = stripes + 1, rows, GROUP, STRIPE
+    if 4 * (math.prod(words) + math.prod(sums)) > VMEM // 2:
         raise NotImplementedError(f"sums of {outputs} outputs do not fit into VMEM")
     x = jnp.pad(x, ((0, 0), (0, windows * WINDOW - inputs)))
     groups = len(segments.stripe)
@@ -83,10 +85,10 @@ def multiply(
             ],
             out_specs=pl.BlockSpec((rows, stripes * STRIPE), lambda i, *_: (i, 0)),
             scratch_shapes=[
-                words,
-                pltpu.VMEM((words.shape[0], batch, rows, GROUP, SLOTS), words.dtype),
+                pltpu.VMEM(words, word),
+                pltpu.VMEM((halves, batch, rows, GROUP, SLOTS), word),
                 pltpu.VMEM((batch, rows, GROUP, SLOTS), jnp.float32),
-                sums,
+                pltpu.VMEM(sums, jnp.float32),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((count, stripes * STRIPE), dtype),
@@ -95,13 +97,6 @@ def multiply(
         name="scattered_matmul",
     )(*scalars, x, segments.place, segments.end, segments.value)
     return y[:, :outputs]
-
-
-def _words(dtype, rows: int, windows: int):
-    """VMEM for the windows of x, row after row: words of two halves, or each half."""
-    if dtype == jnp.bfloat16:
-        return pltpu.VMEM((1, windows * rows, SLOTS), jnp.int32)
-    return pltpu.VMEM((2, windows * rows, SLOTS), jnp.float32)
 
 
 def _kernel(
@@ -134,8 +129,6 @@ def _kernel(
         sums_ref[...] = jnp.zeros(sums_ref.shape, jnp.float32)
         _store_words(x_ref, words_ref)
 
-    slot = functools.partial(lax.broadcasted_iota, jnp.int32, (SLOTS, SLOTS))
-    triangle = ones_where(slot(0) <= slot(1), jnp.bfloat16)
     exact = x_ref.dtype == value_ref.dtype == jnp.bfloat16
 
     def batch_of(ref, first, dtype):
@@ -149,28 +142,23 @@ def _kernel(
         def collect(g, _):
             at = (step * groups + first + g) * GROUP
             sources = [window_ref[at + s] for s in range(GROUP)]
-            for row in range(rows):
-                for half in range(len(words_ref)):
-                    found_ref[half, g, row] = _rows_of(
-                        words_ref.at[half], [s + row for s in sources]
-                    )
+            _collect(words_ref, sources, found_ref, g)
 
         lax.fori_loop(0, batch, collect, None, unroll=unroll)
         places = batch_of(place_ref, first, jnp.int32)
         values = batch_of(value_ref, first, jnp.float32)
         found = [found_ref[half].reshape(-1, SLOTS) for half in range(len(words_ref))]
         x = _gathered(found, places.reshape(-1, SLOTS))
-        each = terms(x * values.reshape(-1, SLOTS), 2 if exact else 3)
-        sums = sum(product(term, triangle) for term in each)
+        products = x * values.reshape(-1, SLOTS)
+        sums = _prefix_sums(products, 2 if exact else 3)
         held_ref[...] = sums.reshape(held_ref.shape)
 
     def add(first):
         ends = batch_of(end_ref, first, jnp.int32).reshape(-1, SLOTS)
-        held = held_ref[...].reshape(-1, SLOTS)
-        runs = jnp.take_along_axis(held, jnp.maximum(ends - 1, 0), 1)
-        runs = jnp.where(ends > 0, runs, 0.0).reshape(held_ref.shape)
+        sums = _at_ends(held_ref[...].reshape(-1, SLOTS), ends)
+        sums = sums.reshape(held_ref.shape)
         for g in range(batch):
-            sums_ref[stripe_ref[step * groups + first + g]] += runs[g]
+            sums_ref[stripe_ref[step * groups + first + g]] += sums[g]
 
     here = jnp.clip(used_ref[0] - step * groups, 0, groups)
 
@@ -188,10 +176,7 @@ def _kernel(
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _():
-        @pl.loop(0, len(sums_ref) - 1)
-        def _(stripe):
-            outputs = pl.ds(pl.multiple_of(stripe * STRIPE, STRIPE), STRIPE)
-            y_ref[:, outputs] = _runs(sums_ref[stripe].sum(1)).astype(y_ref.dtype)
+        _finish(sums_ref, y_ref)
 
 
 def _store_words(x_ref, words_ref):
@@ -206,6 +191,14 @@ def _store_words(x_ref, words_ref):
         else:
             low, high = (pltpu.bitcast(a, jnp.int32) for a in (low, high))
             words_ref[0, here] = high | lax.shift_right_logical(low, 16)
+
+
+def _collect(words_ref, sources: list, found_ref, group):
+    """The windows of a group's segments, for each row of x."""
+    for row in range(found_ref.shape[2]):
+        own = [source + row for source in sources]
+        for half in range(len(words_ref)):
+            found_ref[half, group, row] = _rows_of(words_ref.at[half], own)
 
 
 def _rows_of(ref, sources: list):
@@ -231,7 +224,24 @@ def _gathered(windows: list, place):
     return pltpu.bitcast(bits, jnp.float32)
 
 
-def _runs(sums):
-    """The sum of each output's run: the prefix sum at its end less the one before."""
-    lane = lax.broadcasted_iota(jnp.int32, sums.shape, 1)
-    return sums - jnp.where(lane > 0, pltpu.roll(sums, 1, 1), 0.0)
+def _prefix_sums(products, count: int):
+    """Along the slots, of products in ``count`` terms."""
+    slot = functools.partial(lax.broadcasted_iota, jnp.int32, (SLOTS, SLOTS))
+    triangle = ones_where(slot(0) <= slot(1), jnp.bfloat16)
+    return product_of_terms(products, triangle, count=count)
+
+
+def _at_ends(sums, ends):
+    """The prefix sum of all entries up to each output, nothing where there are none."""
+    whole = jnp.take_along_axis(sums, jnp.maximum(ends - 1, 0), 1)
+    return jnp.where(ends > 0, whole, 0.0)
+
+
+def _finish(sums_ref, y_ref):
+    """What an output's own entries add to the sums of the one before."""
+
+    @pl.loop(0, len(sums_ref) - 1)
+    def _(stripe):
+        outputs = pl.ds(pl.multiple_of(stripe * STRIPE, STRIPE), STRIPE)
+        sums = sums_ref[stripe].sum(1)
+        y_ref[:, outputs] = (sums - before(sums)).astype(y_ref.dtype)
