@@ -483,6 +483,7 @@ PACKED = {
     ),
     "plane_product": ("llama3-8b/gate_up/w3a8/m1", "llama3-8b/gate_up/w4a8/m16"),
     "plane_matmul": ("llama3-8b/o/trits2-g128/m1", "llama3-8b/o/trits2-g128/m256"),
+    "scattered_matmul": ("llama3-8b/o/1.00%/m1", "llama3-8b/gate_up/1.00%/m1"),
 }
 
 

@@ -14,7 +14,6 @@ from pallas_kernels.quantized_matmul.tpu_planes import Tuning
 from pallas_kernels.scaled_matmul import cases as scaled_cases
 from pallas_kernels.scaled_matmul import reference as scaled_reference
 from pallas_kernels.scaled_matmul import tpu as scaled_tpu
-from pallas_kernels.scattered_matmul import segments, tpu_dense, tpu_rows
 from pallas_kernels.shapes import Linear
 from pallas_kernels.two_level_matmul import cases as two_level_cases
 from pallas_kernels.two_level_matmul import reference as two_level_reference
@@ -52,28 +51,6 @@ def test_bfloat16_arithmetic_rounds_once(monkeypatch):
     plain = run()
     monkeypatch.setattr(tpu_product, "bf16_arithmetic", lambda: True)
     assert jnp.array_equal(plain, run())
-
-
-@pytest.mark.parametrize(("rows", "dtype"), [(2, "bfloat16"), (17, "float32")])
-def test_scattered_sums_over_steps_and_batches(rows, dtype):
-    """Stripes of many, few and no entries; unused groups, batches past the last one."""
-    shape, count = (500, 400), 12_000
-    dense = jax.random.normal(jax.random.key(6), shape, dtype)
-    often = jnp.zeros(400).at[:128].set(0.15).at[256:].set(0.01)
-    chosen = jax.random.uniform(jax.random.key(7), shape) < often
-    listed = segments.pack(dense, chosen, count)
-    x = jax.random.normal(jax.random.key(8), (rows, 500), dtype)
-    tuning = tpu_rows.Tuning(groups=8, batch=8)
-    with pltpu.force_tpu_interpret_mode(CAREFUL):
-        got = tpu_rows.multiply(x, listed, outputs=400, tuning=tuning)
-        expanded = tpu_dense.unpack(listed, shape)
-    kept = jnp.where(chosen, dense, 0)
-    np.testing.assert_array_equal(expanded, kept)
-    kept = kept.astype(jnp.float32)
-    want = jnp.dot(x.astype(jnp.float32), kept, precision="highest")
-    tolerance = 1e-5 if dtype == "float32" else 1e-2
-    assert not got[:, 128:256].any()
-    assert jnp.linalg.norm(got - want) <= tolerance * jnp.linalg.norm(want)
 
 
 @pytest.mark.parametrize("block", [None, 128])
