@@ -28,6 +28,7 @@ EXAMPLES = {
     "smoothquant_plus": {"steps": 2},
     "slim_llm": {"share": 0.5},
     "bitstack": {"rank": 1},
+    "gptvq": {"bits": 4},
     "vptq": {"bits": 4},
     "zeroquant_fp": {"rank": 2},
     "int2_1": {"rank": 2},

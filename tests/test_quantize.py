@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 
 import jax
@@ -196,6 +198,9 @@ def test_pivots_are_the_inverse_of_the_inverses_diagonal(layer):
     h = np.float64(gram(0.01)(stats, ROWS).full())
     expected = 1 / np.diag(np.linalg.inv(h))
     np.testing.assert_allclose(pivots()(stats, ROWS).importance, expected, rtol=2e-3)
+    expected = [1 / np.linalg.inv(h[i:, i:])[0, 0] for i in range(ROWS)]
+    found = pivots(later=True)(stats, ROWS).importance
+    np.testing.assert_allclose(found, expected, rtol=2e-3)
 
 
 @pytest.mark.parametrize("digits", ((-1.0, 1.0), (-1.0, 0.0, 1.0), (0.0, 1.0)))
@@ -219,10 +224,25 @@ def test_a_shift_serves_weights_that_are_not_centred():
 
 def test_powers_of_two_are_stored_in_a_byte(layer):
     w = layer[0]
-    made = nearest(DigitPlanes(3, block=16, dtype="float8_e8m0fnu"))(w, None)
+    made = nearest(DigitPlanes(3, block=16, powers=1))(w, None)
     power = jnp.log2(made.alpha.astype(jnp.float32))
     np.testing.assert_array_equal(power, jnp.round(power))
     assert made.alpha.dtype.itemsize == 1
+
+
+def test_sums_of_powers_of_two(layer):
+    """Three signed powers stay three when they are stored, and are nearer than one."""
+    w = layer[0]
+    made = [nearest(DigitPlanes(3, block=16, powers=p))(w, None) for p in (1, 2, 3)]
+    errors = [plain_error(w, m) for m in made]
+    assert errors[2] < errors[1] < errors[0]
+    for count, one in zip((2, 3), made[1:], strict=True):
+        rest = np.asarray(one.alpha, np.float32)
+        assert one.alpha.dtype.itemsize == 2
+        for _ in range(count):
+            size = np.maximum(np.abs(rest), 1e-30)
+            rest = rest - np.sign(rest) * 2.0 ** np.round(np.log2(size))
+        assert not rest.any()
 
 
 @pytest.mark.parametrize("count", (1, 5, 7, 16))
@@ -269,13 +289,40 @@ def test_mixed_blocks_keep_the_mean_bits_and_give_more_to_the_salient(layer):
     assert weights.nbytes(made) <= weights.nbytes(even)
 
 
-def test_compensated_vectors_beat_plain_assignment(layer):
+@pytest.mark.parametrize("across", (False, True))
+@pytest.mark.parametrize("length", (2, 3))  # of which the sizes are no multiples
+def test_compensated_vectors_beat_plain_assignment(length, across, layer):
     w, x, _ = layer
-    stats = statistics(x)
-    plain = vectors(2, 4, compensate=False)(w, stats)
-    swept, twice = vectors(2, 4)(w, stats), vectors(2, 4, stages=2)(w, stats)
+    made = functools.partial(vectors, length, 4, across=across)
+    plain, swept, twice = (
+        solve(w, statistics(x))
+        for solve in (made(compensate=False), made(), made(stages=2))
+    )
     assert weights.nbytes(plain) == weights.nbytes(swept)
     assert loss(w, twice, x) < loss(w, swept, x) < loss(w, plain, x)
+
+
+def test_vectors_of_outputs_share_an_inputs_error(layer):
+    """VPTQ: the values of neighbouring outputs of an input are one entry."""
+    w, x, _ = layer
+    made = vectors(2, 3, across=True)(w, statistics(x))
+    pairs = np.asarray(made.materialize()).reshape(-1, 2)
+    assert len(np.unique(pairs, axis=0)) <= 8
+
+
+def test_scales_are_rounded_along_groups_or_across_outputs():
+    """Groups of an input differ a thousandfold: only outputs may share a scale."""
+    w = jax.random.normal(jax.random.key(0), (64, 48))
+    w = w * jnp.repeat(jnp.logspace(-3, 0, 4), 16)[:, None]
+    grid = Grid(Integer(4), 16, scale_format=Integer(3), scale_block=16)
+    along, across = (
+        nearest(dataclasses.replace(grid, scale_across=flag))(w, None)
+        for flag in (False, True)
+    )
+    assert across.scale.shape == (48, 4) and across.scale.block == 16
+    small = lambda made: ((w - made.materialize())[:16] ** 2).sum()  # noqa: E731
+    assert small(across) < 0.1 * small(along)
+    assert plain_error(w, across) < 1.1 * plain_error(w, along)
 
 
 def test_each_block_of_a_stack_lowers_the_error(layer):

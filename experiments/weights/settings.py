@@ -27,6 +27,7 @@ SIZES = {
 UNITS = (0.2, 0.25)  # shares of heads and channels that structured methods remove
 SPECIAL = {
     "dfloat11": ("dfloat11()",),
+    "gptvq": ("gptvq(2, 6)", "gptvq(4, 8)"),
     "flatquant": ("flatquant(kv_bits=None, epochs=1)",),
     "microscaling": tuple(
         f"microscaling('{name}')" for name in ("mxfp4", "nvfp4", "mxfp6", "mxint8")

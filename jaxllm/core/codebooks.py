@@ -80,9 +80,10 @@ class DigitPlanes:
 
     From a greedy start (the residual's nearest digits, plane by plane) each step
     takes the best of all combinations of digits for every weight, then the best
-    coefficients for these digits; the best step is kept. ``dtype`` stores the
-    coefficients: ``float8_e8m0fnu`` makes them powers of two. ``ridge`` bounds the
-    least squares where planes coincide.
+    coefficients for these digits; the best step is kept. Coefficients are bfloat16, or
+    sums of so many signed ``powers`` of two, the nearest (of the logarithm) of what is
+    left one after the other; one power has no sign and takes a byte. ``ridge`` bounds
+    the least squares where planes coincide.
     """
 
     planes: int
@@ -90,12 +91,14 @@ class DigitPlanes:
     block: int | None = None
     shift: bool = False
     steps: int = 20
-    dtype: str = "bfloat16"
+    powers: int | None = None
     ridge: float = 1e-6
 
     filling = 0.0
 
     def __post_init__(self):
+        if self.powers is not None and self.powers < 1:
+            raise ValueError(f"{self.powers} powers of two; accepted: None, 1 or more")
         if len(self.digits) not in (2, 3):
             raise ValueError(f"digits {self.digits}; accepted: two or three values")
         if not isinstance(self.planes, int) or not 1 <= self.planes <= 4:
@@ -160,15 +163,16 @@ class DigitPlanes:
         return jnp.linalg.solve(gram + eye[None], right[..., None])[..., 0].T
 
     def _stored(self, alpha):
-        """Coefficients as they are kept; powers of two have no sign of their own."""
+        """Coefficients as they are kept."""
         kept = alpha[: self.planes]
-        if "e8m0" in self.dtype:
-            power = jnp.round(jnp.log2(jnp.maximum(jnp.abs(kept), TINY)))
-            kept = 2.0**power
-        else:
-            kept = kept.astype(self.dtype).astype(jnp.float32)
-        rest = as_stored(alpha[self.planes :])
-        return jnp.concatenate((kept, rest))
+        if self.powers == 1:
+            kept = _power(jnp.abs(kept))
+        elif self.powers:
+            rest = kept
+            for _ in range(self.powers):
+                rest = rest - _power(rest)
+            kept = kept - rest
+        return jnp.concatenate((as_stored(kept), as_stored(alpha[self.planes :])))
 
     def _nearest(self, values: Float[Array, "... out"], alpha):
         """The best combination for each value; ``alpha`` is [..., plane, out]."""
@@ -195,6 +199,14 @@ class DigitPlanes:
         base = len(self.digits)
         places = [base ** (self.planes - 1 - p) for p in range(self.planes)]
         digits = jnp.stack([codes // jnp.uint8(n) % jnp.uint8(base) for n in places])
-        alpha = jnp.transpose(params[:, : self.planes], (2, 0, 1)).astype(self.dtype)
+        alpha = jnp.transpose(params[:, : self.planes], (2, 0, 1))
+        alpha = alpha.astype("float8_e8m0fnu" if self.powers == 1 else "bfloat16")
         shift = params[:, -1].T.astype(jnp.bfloat16) if self.shift else None
         return Planes.encode(digits, alpha, shift, self.digits, self.block, dtype)
+
+
+def _power(x):
+    """The signed power of two nearest in logarithm; of what is almost zero, zero."""
+    size = jnp.abs(x)
+    power = 2.0 ** jnp.round(jnp.log2(jnp.maximum(size, TINY)))
+    return jnp.where(size > TINY, jnp.sign(x) * power, 0.0)

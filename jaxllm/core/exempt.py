@@ -34,10 +34,13 @@ class Exempt:
 
 
 @expression
-def exempting(target, split, metric=metrics.gram(), compensate=True, rare=None):
+def exempting(
+    target, split, metric=metrics.gram(), compensate=True, rare=None, fitting=None
+):
     """The weights that ``split`` takes stay free, the others go to ``target``.
 
-    Parameters are fitted without the free weights. ``compensate`` sweeps as ``obs``
+    Parameters are fitted without the free weights, under the metric ``fitting``
+    (None: ``metric``). ``compensate`` sweeps as ``obs``
     does: free weights have no error of their own and absorb that of earlier inputs.
     What is kept apart is the free value less what the main part has there; ``rare``
     rounds it again, each weight to the nearest.
@@ -49,8 +52,11 @@ def exempting(target, split, metric=metrics.gram(), compensate=True, rare=None):
         kept = split(w, stats, key)
         free = materialize(kept) != 0
         found = metric(stats, len(w))
+        fit = (fitting or metric)(stats, len(w)).importance
         dense = w.astype(jnp.float32)
-        q, params = _solved(target, dense, free, found, compensate)
+        share = per_entry(fit) * jnp.where(free, 0.0, 1.0)
+        params = fit_all(target, jnp.where(free, 0.0, dense), share, ~free)
+        q = _rounded(target, params, dense, free, found, compensate)
         main = target.pack(jnp.where(free, 0.0, q), params, None, w.dtype)
         rest = (q - materialize(main).astype(jnp.float32)).astype(kept.dtype)
         return Sum((main, _kept(rest, free, kept, rare)))
@@ -58,16 +64,14 @@ def exempting(target, split, metric=metrics.gram(), compensate=True, rare=None):
     return solve
 
 
-def _solved(target, w, free, found: metrics.Metric, compensate: bool):
-    """Q, exact where free, and the parameters of all blocks."""
-    share = per_entry(found.importance) * jnp.where(free, 0.0, 1.0)
-    params = fit_all(target, jnp.where(free, 0.0, w), share, ~free)
+def _rounded(target, params, w, free, found: metrics.Metric, compensate: bool):
+    """Q, exact where free, with the ``params`` of all blocks."""
     mine = jax.tree.map(lambda p: p[group_of(target, len(w))], params), free
     if not compensate:
-        return Exempt(target).snap(w, mine), params
+        return Exempt(target).snap(w, mine)
     allowed, order = jnp.ones(w.shape, bool), jnp.arange(len(w))
     problem = Problem(w, upper_factor(found.full()), allowed, order, mine)
-    return sweep(Exempt(target), problem, None)[0], params
+    return sweep(Exempt(target), problem, None)[0]
 
 
 def _kept(rest, free, like, rare):

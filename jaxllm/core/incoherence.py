@@ -13,6 +13,7 @@ from jaxllm.core.vectors import sweep_vectors
 from jaxllm.core.weights import Flip, Hadamard, Lattice, OutputTransformed, Transformed
 
 # Bits of each stage's codes, and by how much a stage's numbers exceed the first's.
+SPREADS = {2: 1.03, 3: 0.98, 4: 1.03}
 STAGES = {2: ((16, 1.0),), 3: ((16, 1.0), (8, 2.04)), 4: ((16, 1.0), (16, 3.45))}
 
 
@@ -49,14 +50,16 @@ def incoherent(solve):
 
 
 @expression
-def lattice(bits: int = 2, metric=metrics.gram(), spread: float = 1.03):
+def lattice(bits: int = 2, metric=metrics.gram(), spread: float | None = None):
     """Eight inputs of an output at a time to the nearest point of E8, with LDLQ.
 
-    W is scaled to the root mean square ``spread`` of the codebook's units; each block
+    W is scaled to the root mean square ``spread`` of the codebook's units (None: the
+    authors' 1.03, or 0.98 for 3 bits); each block
     of eight inputs is rounded together, and later inputs absorb its error (QuIP#,
     section 4). 2 bits are E8P; 3 and 4 bits round what is left by short points of E8
     or E8P again, enlarged by 2.04 and 3.45 (the authors' constants).
     """
+    spread = SPREADS.get(bits, 1.0) if spread is None else spread
     if bits not in STAGES or spread <= 0:
         accepted = ", ".join(map(str, STAGES))
         raise ValueError(f"bits {bits}, spread {spread}; accepted: {accepted}, above 0")

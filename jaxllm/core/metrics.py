@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.core.spec import expression
+from jaxllm.core.sweep import upper_factor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +70,17 @@ def gram(damping: float = 0.01):
 
 
 @expression
-def pivots(metric=gram()):
-    """1 / [H^-1]_ii of another metric H: what one error costs once others adapt."""
+def pivots(metric=gram(), later: bool = False):
+    """1 / [H^-1]_ii of another metric H: what one error costs once others adapt.
+
+    ``later``: once only later inputs do, as in a sweep: 1 / U_ii^2 with U the upper
+    Cholesky factor of H^-1.
+    """
 
     def diagonal_of(stats, count):
         h = metric(stats, count).full()
+        if later:
+            return Metric(1 / jnp.diagonal(upper_factor(h)) ** 2)
         eye = jnp.eye(len(h), dtype=h.dtype)
         lower = jax.scipy.linalg.solve_triangular(
             jnp.linalg.cholesky(h), eye, lower=True

@@ -14,6 +14,7 @@ from jaxllm.core.scales import fit_all
 from jaxllm.core.spec import expression
 
 SMALL = 1e-12
+THRESHOLD = 0.1 / 2048  # the authors' 0.1 is of the sum over 2,048 tokens
 
 
 class _State(NamedTuple):
@@ -30,7 +31,7 @@ def regrow(
     pattern: Pattern,
     metric=metrics.diagonal(),
     cycles: int = 50,
-    threshold: float = 0.1,
+    threshold: float = THRESHOLD,
     power: float = 1.0,
 ):
     """Exchange pruned for kept weights until an output's expected error is small.
@@ -41,7 +42,8 @@ def regrow(
     |w_j| sqrt(E[x_j^2]) (for N:M, the least of the grown input's block). An output
     stops when |e| <= ``threshold`` or the exchange would change the sign of e; no
     input is moved twice (DSnoT, arXiv:2310.08915, eq. 3 to 6 and the authors' code).
-    Unlike there, an exchange inside an N:M block that would raise |e| is left out.
+    That code stops at a change of sign for N:M alone, and makes exchanges that raise
+    |e|, which are left out here: where an output has 64 inputs these undo the mask.
     ``metric`` ranks the weights of the first mask.
     """
     if pattern.joint:

@@ -211,8 +211,10 @@ class Grid:
 
     ``block`` inputs share a scale (None: all of an output). Scales are stored as
     ``scale_dtype``; ``scale_format`` rounds them again in blocks of ``scale_block``
-    (double quantization; None: all together). Zero points are stored as uint8, as
-    bfloat16 with ``real_zero``, or rounded like the scales to ``zero_format``.
+    (double quantization; None: all together): neighbouring groups of an output, or
+    with ``scale_across`` neighbouring outputs of a group. Zero points are stored as
+    uint8, as bfloat16 with ``real_zero``, or rounded like the scales to
+    ``zero_format``.
     """
 
     format: Format
@@ -221,6 +223,7 @@ class Grid:
     real_zero: bool = False
     scale_format: Format | None = None
     scale_block: int | None = 256
+    scale_across: bool = False
     scale_dtype: str = "bfloat16"
     zero_format: Format | None = None
 
@@ -280,8 +283,9 @@ class Grid:
         return Quantized.encode(values.T, stored, zero, self.format, self.block, dtype)
 
     def _double(self, scale, format: Format) -> Quantized:
-        """Scales [out, groups] as one line of codes with scales of their own."""
-        line = scale.reshape(-1, 1).astype(jnp.float32)
+        """Scales [out, groups] as codes with scales of their own, one line or many."""
+        shape = scale.shape if self.scale_across else (-1, 1)
+        line = scale.reshape(shape).astype(jnp.float32)
         inner = Grid(format, self.scale_block)
         params = fit_all(inner, line, jnp.ones(len(line)), None)
         return inner.pack(line, params, None, "float32")

@@ -131,7 +131,7 @@ def _counted(fraction: float):
 def adapter(rank: int = 8, alpha: float = 16.0, rank_stabilized: bool = False):
     """A low-rank term that training may change, zero at the start (LoRA).
 
-    W + (alpha / r) A B with A ~ uniform(-1, 1) sqrt(3 / in), B = 0 (arXiv:2106.09685,
+    W + (alpha / r) A B with A ~ uniform(-1, 1) / sqrt(in), B = 0 (arXiv:2106.09685,
     section 4.1, with the initialisation of the authors' code); ``rank_stabilized``
     uses alpha / sqrt(r) (rsLoRA, arXiv:2312.03732).
     """
@@ -150,9 +150,9 @@ def adapter(rank: int = 8, alpha: float = 16.0, rank_stabilized: bool = False):
 def adapter_factors(
     key, shape: tuple[int, ...], rank: int, dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """A ~ uniform(-1, 1) sqrt(3 / in) [..., in, rank] and B = 0 [..., rank, out]."""
+    """A ~ uniform(-1, 1) / sqrt(in) [..., in, rank] and B = 0 [..., rank, out]."""
     *lead, rows, out = shape
-    bound = (3.0 / rows) ** 0.5
+    bound = rows**-0.5
     first = jax.random.uniform(key, (*lead, rows, rank), dtype, -bound, bound)
     return first, jnp.zeros((*lead, rank, out), dtype)
 

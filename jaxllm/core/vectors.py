@@ -9,7 +9,7 @@ from jaxllm.core import metrics
 from jaxllm.core.arrays import as_stored
 from jaxllm.core.spec import expression
 from jaxllm.core.sweep import upper_factor
-from jaxllm.core.weights import Vectors
+from jaxllm.core.weights import Transposed, Vectors
 
 
 @expression
@@ -20,43 +20,60 @@ def vectors(
     metric=metrics.gram(),
     steps: int = 30,
     compensate: bool = True,
+    across: bool = False,
 ):
-    """``length`` consecutive inputs of an output become sums of codebook entries.
+    """Vectors of ``length`` neighbours become sums of codebook entries.
 
+    Neighbours are inputs of an output, or with ``across`` outputs of an input.
     Codebooks of 2^bits entries serve the whole matrix: k-means on all vectors, each
-    coordinate weighted by H_ii, then on what is left. Groups of inputs are assigned
-    in turn, nearest under H_ii; with ``compensate`` later inputs absorb the error:
-    W_rest -= U_b,restT U_bb^-T (W_b - Q_b) (VPTQ, arXiv:2409.17066, section 3).
+    coordinate weighted by H_ii, then on what is left. Inputs (groups of them) are
+    assigned in turn, nearest under H_ii, which all outputs share; with ``compensate``
+    later inputs absorb the error: W_rest -= U_b,restT U_bb^-T (W_b - Q_b) (GPTVQ,
+    arXiv:2402.15319, section 3.2; ``across``: VPTQ, arXiv:2409.17066, section 3.1).
     """
     if length < 1 or stages < 1 or not 1 <= bits <= 8:
         raise ValueError(f"length {length}, bits {bits}, stages {stages}: 1, 1..8, 1")
 
-    def solve(w, stats, key=None, support=None) -> Vectors:
+    rows, columns = (1, length) if across else (length, 1)
+
+    def solve(w, stats, key=None, support=None) -> Vectors | Transposed:
         if support is not None:
             raise TypeError("codebook vectors cannot keep a sparse support")
         found = metric(stats, len(w))
-        short = -len(w) % length
-        dense = jnp.pad(w.astype(jnp.float32), ((0, short), (0, 0)))
-        cost = jnp.pad(found.importance, (0, short)).reshape(-1, length)
-        cost = cost / cost.mean() + 1e-6
+        short = -len(w) % rows
+        sides = ((0, short), (0, -w.shape[1] % columns))
+        dense = jnp.pad(w.astype(jnp.float32), sides)
+        cost = jnp.pad(found.importance, (0, short)).reshape(-1, rows)
+        cost = jnp.broadcast_to(cost / cost.mean() + 1e-6, (len(cost), length))
         key = jax.random.key(0) if key is None else key
-        tables = _codebooks(_cut(dense, length), cost, (stages, bits, steps), key)
-        assign = lambda i, rows: _assigned(rows, tables, cost[i])  # noqa: E731
+        points = _cut(dense, rows, columns)
+        tables = _codebooks(points, cost, (stages, bits, steps), key)
+
+        def assign(i, outputs):
+            """Codes [stage, vectors], values [out, rows] of ``outputs`` [out, rows]."""
+            codes, near = _assigned(outputs.reshape(-1, length), tables, cost[i])
+            return codes, near.reshape(outputs.shape)
+
         if compensate:
-            codes = sweep_vectors(dense, upper_factor(found.full()), length, assign)
+            codes = sweep_vectors(dense, upper_factor(found.full()), rows, assign)
         else:
-            each = jnp.arange(len(cost))
-            codes = jax.vmap(assign)(each, _cut(dense, length))[0]
-        codes = jnp.moveaxis(codes, 0, -1).astype(jnp.uint8)
-        stored = tables.astype(jnp.bfloat16)
+            codes = jax.vmap(assign)(jnp.arange(len(cost)), points)[0]
+        codes, stored = codes.astype(jnp.uint8), tables.astype(jnp.bfloat16)
+        if across:
+            codes = jnp.swapaxes(codes, 0, 1)
+            return Transposed(
+                Vectors.encode(codes, stored, bits, w.shape[1], str(w.dtype))
+            )
+        codes = jnp.moveaxis(codes, 0, -1)
         return Vectors.encode(codes, stored, bits, len(w), w.dtype)
 
     return solve
 
 
-def _cut(w, length: int):
-    """[in, out] as [vectors, out, length]."""
-    return jnp.swapaxes(w.reshape(-1, length, w.shape[1]), 1, 2)
+def _cut(w, rows: int, columns: int = 1):
+    """[in, out] as [groups, vectors, length] of ``rows`` inputs by ``columns``."""
+    turned = jnp.swapaxes(w.reshape(-1, rows, w.shape[1]), 1, 2)
+    return turned.reshape(len(turned), -1, rows * columns)
 
 
 def _codebooks(points, cost, plan, key):

@@ -23,7 +23,8 @@ card = Card(
 def svd_llm(ratio: float | None = 0.8, rank: int | None = None, damping: float = 0.01):
     """W = S^-1 trunc_r(S W) with S ST = E[x xT] (section 3.1, theorem 3.2).
 
-    ``ratio`` is the share of parameters kept. The paper's sequential update is the
-    walk's: each layer is whitened with the inputs of the already compressed prefix.
+    ``ratio`` is the share of parameters kept. Each layer is whitened with the inputs
+    of the already compressed prefix. The paper then tunes the two factors in turn by
+    LoRA (section 3.2); that is not here.
     """
     return compress(truncate(rank, None if rank else ratio, gram(damping)))

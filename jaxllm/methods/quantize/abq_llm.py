@@ -33,8 +33,9 @@ def abq_llm(
     ``balance`` has the levels {-2, -1, 0, 1, 2} for two bits (section 3.3; a third
     plane). Distribution correction (section 3.2): clipping and a rank-one move of every
     weight before rounding are learned block by block, here to the least mean squared
-    error; the paper's cosine and attention-map losses are not here, nor is its learned
-    rescaling: SmoothQuant's with ``alpha`` stands for it (None: none).
+    error (the authors' code moves only the down projections of the first three and the
+    last four blocks); the paper's cosine and attention-map losses are not here, nor is
+    its learned rescaling: SmoothQuant's with ``alpha`` stands for it (None: none).
     """
     format = balanced(bits) if balance else Integer(bits, symmetric=True)
     steps = [] if alpha is None else [rescale(smooth(alpha))]

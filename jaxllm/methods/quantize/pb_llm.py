@@ -26,14 +26,15 @@ def pb_llm(
 ):
     """w = alpha sign(w), alpha = mean|w|, but for a share ``salient`` in 8 bits.
 
-    Salient are the largest |w|, or by Hessian w^2 / [H^-1]_ii (``by="hessian"``,
-    section 3.3); GPTQ's sweep compensates (section 3.2). A bit mask tells them apart.
+    Salient are the largest |w|, or by Hessian w^2 / U_ii^2 with U of GPTQ's sweep
+    (``by="hessian"``, section 3.3; so the authors' code), which compensates (section
+    3.2). A bit mask tells them apart. That code also centers what it binarizes.
     """
     if by not in ("magnitude", "hessian"):
         raise ValueError(f"by {by!r}; accepted: 'magnitude', 'hessian'")
     binary = Grid(Integer(1, symmetric=True), group_size, least_squares(absmean(), 1))
     metric = gram(damping)
-    score = identity() if by == "magnitude" else pivots(metric)
+    score = identity() if by == "magnitude" else pivots(metric, later=True)
     split = outliers(salient, score, "float32")
     rare = Grid(Integer(8, symmetric=True), None, absmax())
-    return compress(exempting(binary, split, metric, compensate, rare))
+    return compress(exempting(binary, split, metric, compensate, rare, identity()))

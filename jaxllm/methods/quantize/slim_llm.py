@@ -18,7 +18,9 @@ card = Card(
 def slim_llm(
     bits: int = 2, group_size: int = 128, share: float = 0.125, damping: float = 0.01
 ):
-    """Salience w^2 / [H^-1]_ii decides bits per group and weighs the scale's search.
+    """Salience w^2 / U_ii^2 decides bits per group and weighs the scale's search.
+
+    U is the factor of GPTQ's sweep, as in the authors' code.
 
     As many groups get ``bits`` + 1 as ``bits`` - 1 (section 3.2); their ``share`` is
     given, where the paper searches it by the divergence of the layer's outputs. The
@@ -26,5 +28,5 @@ def slim_llm(
     its weights alike; then GPTQ's sweep.
     """
     metric = gram(damping)
-    body = mixed_blocks(bits, group_size, share, mse(), metric, pivots(metric))
+    body = mixed_blocks(bits, group_size, share, mse(), metric, pivots(metric, True))
     return compress(body)

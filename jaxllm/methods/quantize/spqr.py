@@ -28,8 +28,8 @@ def spqr(
 
     S takes the weights whose leaving lowers their group's error most (section 4.2);
     a share ``outliers`` of the layer where the paper has a threshold. Scales and zero
-    points are rounded in sixteens (section 4.3), here before the sweep, so that it
-    sees the stored grid.
+    points are rounded in sixteens of neighbouring outputs (section 4.3), here before
+    the sweep, so that it sees the stored grid.
     """
     plain = Grid(Integer(bits), group_size)
     statistics = Integer(statistic_bits)
@@ -38,6 +38,7 @@ def spqr(
         group_size,
         scale_format=statistics,
         scale_block=16,
+        scale_across=True,
         zero_format=statistics,
     )
     metric = gram(damping)

@@ -1,4 +1,4 @@
-"""VPTQ: vectors of inputs become codebook entries, Hessian-weighted, with residuals."""
+"""VPTQ: vectors of outputs become codebook entries, input by input, with residuals."""
 
 from jaxllm.core.card import Card, Claim
 from jaxllm.core.compose import compress, transform
@@ -8,7 +8,10 @@ from jaxllm.core.vectors import vectors
 card = Card(
     "VPTQ",
     paper="arXiv:2409.17066",
-    claims=(Claim("vptq(2, 6)", "rtn(bits=3, group_size=None)"),),
+    claims=(
+        Claim("vptq(2, 6)", "rtn(bits=3, group_size=None)"),
+        Claim("vptq(4, 8)", "gptvq(4, 8)"),
+    ),
     composes="after rescaling or rotation; not after pruning",
 )
 
@@ -22,12 +25,15 @@ def vptq(
     damping: float = 0.01,
     compensate: bool = True,
 ):
-    """min tr((W - Q)T H (W - Q)), Q from 2^bits vectors of ``length`` inputs.
+    """min tr((W - Q)T H (W - Q)), Q from 2^bits vectors of ``length`` outputs.
 
-    bits stages / length bits per weight beside the codebooks. K-means weighted by
+    bits stages / length bits per weight beside the codebooks. Inputs are quantized in
+    turn, and later ones absorb the error of each (section 3.1). K-means weighted by
     H_ii starts the codebooks (section 3.2), ``stages`` > 1 quantizes the residual
     (3.3). Codebooks have at most 256 entries per stage (the paper: thousands);
     outlier columns with a codebook of their own are not here.
     """
     metric = gram(damping)
-    return compress(vectors(length, bits, stages, metric, steps, compensate))
+    return compress(
+        vectors(length, bits, stages, metric, steps, compensate, across=True)
+    )

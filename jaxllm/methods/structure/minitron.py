@@ -27,8 +27,9 @@ def minitron(
     Channels of the stream by the outputs of all norms, hidden channels by the input
     of down, heads (with their key-value head) by the input of o, layers by the loss
     without each. Activity is the mean over all tokens where the paper takes the norm
-    over the batch of means over positions. Equal shares in all layers, so that the
-    result exports as its family.
+    over the batch of means over positions; a head's is the sum of E|x| over its
+    channels where the paper has the norm of its output. Equal shares in all layers, so
+    that the result exports as its family.
     """
     steps = [drop_layers(removal_loss(), layers)] if layers else []
     for share, kind in ((heads, "heads"), (hidden, "channels")):
