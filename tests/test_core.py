@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import jax
@@ -13,8 +14,9 @@ from jaxllm import methods
 from jaxllm.core import weights
 from jaxllm.core.allocate import allocate
 from jaxllm.core.batch import Batch
-from jaxllm.core.compose import plan, transform
-from jaxllm.core.formats import Integer, normal_float
+from jaxllm.core.codebooks import DigitPlanes
+from jaxllm.core.compose import compose, plan, transform
+from jaxllm.core.formats import Integer, normal_float, parse_format
 from jaxllm.core.metrics import gram
 from jaxllm.core.model import (
     History,
@@ -31,6 +33,7 @@ from jaxllm.core.scales import Grid, absmax, half_quadratic, mse, power_of_two
 from jaxllm.core.solvers import nearest, obs, svd
 from jaxllm.core.stats import Stats, output_energy
 from jaxllm.core.walk import Monitor, walk
+from jaxllm.core.weights import ActivationQuantized
 from jaxllm.models import MLP, Attention, Layer, Transformer, init
 
 ROWS, OUT = 48, 20
@@ -129,6 +132,33 @@ def test_a_block_sees_the_inputs_that_the_changed_prefix_gives(model, batches):
     assert same(changing["layers.1"], expected["layers.1"])
     assert not same(changing["layers.1"], dense["layers.1"])
     assert same(changing["layers.0"], dense["layers.0"])
+
+
+def test_a_calibration_in_which_nothing_counts_is_refused(model, batches):
+    spent = iter(batches)
+    list(spent)
+    muted = [dataclasses.replace(batches[0], weights=jnp.zeros((4, 24)))]
+    for data, words in (([], "no batches"), (spent, "no batches"), (muted, "weight 0")):
+        with pytest.raises(ValueError, match=f"calibration.*{words}"):
+            methods.parse("gptq(4, group_size=8)")(model, data)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    (
+        (lambda: parse_format("nf0"), "levels of 0 bits; accepted: 2 to 8"),
+        (lambda: normal_float(1), "levels of 1 bits"),
+        (lambda: Pattern(0.5, 0), "block 0; accepted: None or at least 1"),
+        (lambda: methods.parse("sparsegpt(block_size=-3)"), "block -3"),
+        (lambda: methods.parse("svd(rank=0)"), "rank 0; accepted: at least 1"),
+        (lambda: methods.parse("asvd(rank=0)"), "rank 0"),
+        (lambda: methods.parse("svd_llm(rank=-1)"), "rank -1"),
+        (lambda: DigitPlanes(2, steps=-1), "-1 steps; accepted: 0 or more"),
+    ),
+)
+def test_sizes_out_of_range_are_refused_with_what_is_accepted(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
 
 
 @pytest.mark.parametrize("symmetric", (True, False))
@@ -288,6 +318,21 @@ def test_partition_and_combine_are_inverse(model):
     whole = combine(mine, rest)
     assert jax.tree.structure(whole) == jax.tree.structure(adapted)
     jax.tree.map(np.testing.assert_array_equal, whole.params, adapted.params)
+
+
+@pytest.mark.parametrize(
+    "spec", ["nf4(group_size=32)", "magnitude('2:4') + rtn(4, 32)", "svd(0.5)"]
+)
+def test_adapters_start_beside_any_weight_without_changing_it(spec, model):
+    """QLoRA by composition: what is stored is kept, and B = 0."""
+    small = compose(*map(methods.parse, spec.split(" + ")))(model)
+    adapted = methods.parse("lora(2)")(small)
+    for path in model.config.linears():
+        w, both = weight(small, path), weight(adapted, path)
+        assert jax.tree.structure(both.terms[0]) == jax.tree.structure(w)
+        np.testing.assert_array_equal(both.materialize(), w.materialize())
+    rounded = methods.parse("quarot(bits=None, activation_bits=8, rotate=False)")
+    assert isinstance(weight(rounded(small), path), ActivationQuantized)
 
 
 def test_history_never_splits_a_trace(model):

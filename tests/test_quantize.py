@@ -23,6 +23,7 @@ from jaxllm.core.formats import (
     balanced,
     bipolar,
     extended_float,
+    float_format,
     power_levels,
     searched_float,
     shifts,
@@ -40,6 +41,7 @@ from jaxllm.core.scales import (
     least_squares,
     microscale,
     mse,
+    power_of_two,
 )
 from jaxllm.core.solvers import nearest, obs
 from jaxllm.core.splits import outliers, sensitive
@@ -310,6 +312,33 @@ def test_vectors_of_outputs_share_an_inputs_error(layer):
     assert len(np.unique(pairs, axis=0)) <= 8
 
 
+def test_the_grid_of_scales_begins_at_the_least():
+    """Scales near each other lie far from zero, which their grid must not contain."""
+    scales = jnp.linspace(0.5, 1.0, 256).reshape(16, 16)
+    made = Grid(Integer(3), scale_format=Integer(3))._double(scales, Integer(3))
+    error = jnp.abs(made.materialize().ravel() - scales.ravel())
+    assert error.max() < 0.6 * 0.5 / 7
+    equal = Grid(Integer(3))._double(jnp.full((5, 3), 0.3), Integer(3))
+    np.testing.assert_allclose(equal.materialize(), 0.3, rtol=5e-3)
+    short = dataclasses.replace(Grid(Integer(3)), scale_block=100)
+    error = jnp.abs(
+        short._double(scales, Integer(3)).materialize() - scales.ravel()[:, None]
+    )
+    assert error.max() < 0.6 * 0.5 / 7  # the last block is short
+
+
+def test_powers_of_two_are_exact():
+    """log2 of a power of two is no integer everywhere: exponents are read."""
+    power = 2.0 ** np.arange(-20, 21)
+    block = jnp.asarray(power, jnp.float32)[None] * 7
+    scale, _ = power_of_two(absmax())(block, Integer(4, True), jnp.ones(1))
+    np.testing.assert_array_equal(scale, power)
+    above, _ = power_of_two(absmax())(1.001 * block, Integer(4, True), jnp.ones(1))
+    np.testing.assert_array_equal(above, 2 * power)
+    found, _ = microscale()(block / 7, float_format(2, 1), jnp.ones(1))
+    np.testing.assert_array_equal(found, power / 4)
+
+
 def test_scales_are_rounded_along_groups_or_across_outputs():
     """Groups of an input differ a thousandfold: only outputs may share a scale."""
     w = jax.random.normal(jax.random.key(0), (64, 48))
@@ -321,7 +350,7 @@ def test_scales_are_rounded_along_groups_or_across_outputs():
     )
     assert across.scale.shape == (48, 4) and across.scale.block == 16
     small = lambda made: ((w - made.materialize())[:16] ** 2).sum()  # noqa: E731
-    assert small(across) < 0.1 * small(along)
+    assert small(across) < 0.2 * small(along)
     assert plain_error(w, across) < 1.1 * plain_error(w, along)
 
 

@@ -46,8 +46,10 @@ from jaxllm.core.weights import (
     Kronecker,
     LowRank,
     Orthogonal,
+    OutputTransformed,
     Permutation,
     Reassembly,
+    RowGroups,
     Scale,
     Segmented,
     StaticInput,
@@ -57,6 +59,7 @@ from jaxllm.core.weights import (
 )
 
 ROWS, OUT = 44, 24  # rows: no multiple of a group of 32 or of 8 codes
+EIGHT = ActivationFormat(8)
 
 
 def dense(seed: int = 0, shape=(ROWS, OUT)) -> jax.Array:
@@ -172,6 +175,26 @@ TYPES = {
         ActivationFormat(8, symmetric=False),
     ),
     "reassembled": lambda: Transformed(split_and_merged(), dense()),
+    "vectors of outputs": lambda: vectors(5, 4, 2, identity(), 5, False, True)(
+        dense(), None
+    ),
+    "adapter beside w4a8": lambda: Sum(
+        (
+            TYPES["w4a8"](),
+            Trainable(LowRank(dense(1, (ROWS, 2)), dense(2, (2, OUT)))),
+        )
+    ),
+    "trained w4a8": lambda: Trainable(TYPES["w4a8"]()),
+    "w4a8 in groups of inputs": lambda: RowGroups(
+        jnp.array([1, 2, 0], jnp.uint8),
+        (
+            ActivationQuantized(rounded(Integer(4), 16, dense(0, (16, OUT))), EIGHT),
+            ActivationQuantized(rounded(Integer(5), 16, dense(1, (32, OUT))), EIGHT),
+        ),
+        16,
+        ROWS,
+    ),
+    "w4a8 turned at the output": lambda: OutputTransformed(Hadamard(), TYPES["w4a8"]()),
     "two levels": lambda: dual_grained(4, 16, metric=identity())(dense(), None),
     "w4a8 two levels": lambda: ActivationQuantized(
         TYPES["two levels"](), ActivationFormat(8)
@@ -181,7 +204,10 @@ INTEGER_PRODUCTS = (
     "w8a8", "w4a8 in groups", "w4a8 two levels", "w4ax", "w2a8 balanced",
     "static w8a8", "static w4a8 in groups", "static w4a8 two levels",
 )  # fmt: skip
-ROUNDS_INPUT = {"w4a8", "static with zeros", *INTEGER_PRODUCTS}
+ROUNDS_INPUT = {
+    "w4a8", "adapter beside w4a8", "trained w4a8", "w4a8 in groups of inputs",
+    "w4a8 turned at the output", "static with zeros", *INTEGER_PRODUCTS,
+}  # fmt: skip
 
 
 @pytest.fixture(params=TYPES, scope="module")
@@ -228,6 +254,21 @@ def test_leading_axes_work_under_vmap_and_serve_experts(named):
     expected = jnp.concatenate((weights.dot(x[:2], w), weights.dot(x[2:], other)))
     error = jnp.abs(served - expected).max() / jnp.abs(expected).max()
     assert error < 1e-4
+
+
+@pytest.mark.parametrize("run", ("zeros", "first code"))
+def test_long_runs_of_one_exponent_decode(run):
+    """The first code is all zeros, and so is a window of nothing but it."""
+    w = np.array(dense(0, (64, 32)).astype(jnp.bfloat16))
+    w[8:56] = 0.0 if run == "zeros" else 0.7
+    made = EntropyCoded.of(jnp.asarray(w))
+    np.testing.assert_array_equal(made.materialize(), jnp.asarray(w))
+
+
+@pytest.mark.parametrize("name", ("2:4 int4", "one mask int4"))
+def test_codes_on_a_mask_are_not_compressed_again(name):
+    with pytest.raises(TypeError, match="Sparse has no dense part left"):
+        gptq_on_zeros(TYPES[name]())
 
 
 def test_rows_are_the_columns_of_the_table(named):

@@ -145,7 +145,9 @@ class Pipeline:
         return tuple(sorted({n for p in parts if p is not None for n in p.needs}))
 
     def __call__(self, w, stats, key):
-        made = refine(w, functools.partial(self._dense, key), stats)
+        made = w
+        if self.solve is not None or self.split is not None:
+            made = refine(w, functools.partial(self._dense, key), stats)
         if self.correct is not None:
             error = materialize(w) - materialize(made)
             made = _added(made, self.correct(error, stats, key))
@@ -153,8 +155,7 @@ class Pipeline:
 
     def _dense(self, key, dense, stats, support):
         if self.split is None:
-            solve = self.solve
-            return dense if solve is None else solve(dense, stats, key, support)
+            return self.solve(dense, stats, key, support)
         kept = self.split(dense, stats, key)
         rest = dense - materialize(kept).astype(dense.dtype)
         main = rest if self.solve is None else self.solve(rest, stats, key, support)

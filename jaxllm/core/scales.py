@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxllm.core.arrays import peak
+from jaxllm.core.arrays import as_stored, peak
 from jaxllm.core.formats import TINY, Choice, Format
 from jaxllm.core.spec import expression
 from jaxllm.core.weights import Quantized
@@ -44,6 +44,24 @@ def per_entry(importance):
 def absmax():
     """The range of the block: absmax (symmetric) or min and max (asymmetric)."""
     return lambda block, format, importance: _range(block, format)
+
+
+@expression
+def span():
+    """From the least to the greatest value, whether or not zero lies between them.
+
+    The zero point is real: a grid of positive values begins at their least.
+    """
+
+    def rule(block, format, importance):
+        real = per_entry(importance) > 0
+        low = jnp.where(real, block, jnp.inf).min(0)
+        high = jnp.where(real, block, -jnp.inf).max(0)
+        least = jnp.maximum(jnp.maximum(jnp.abs(low), jnp.abs(high)) / 2**12, TINY)
+        scale = as_stored(jnp.maximum((high - low) / (format.codes - 1), least))
+        return scale, -low / scale
+
+    return rule
 
 
 @expression
@@ -145,7 +163,8 @@ def power_of_two(rule=absmax()):
 
     def rounded(block, format, importance):
         scale, zero = rule(block, format, importance)
-        return 2.0 ** jnp.ceil(jnp.log2(scale)), zero
+        share, exponent = jnp.frexp(scale)  # of 1/2 <= share < 1
+        return jnp.ldexp(1.0, jnp.where(share > 0.5, exponent, exponent - 1)), zero
 
     return rounded
 
@@ -160,8 +179,8 @@ def microscale():
 
     def rule(block, format, importance):
         peak = jnp.maximum(jnp.abs(block).max(0), TINY)
-        top = np.floor(np.log2(format.largest))
-        return 2.0 ** (jnp.floor(jnp.log2(peak)) - top), None
+        top = int(np.floor(np.log2(format.largest)))
+        return jnp.ldexp(1.0, jnp.frexp(peak)[1] - 1 - top), None
 
     return rule
 
@@ -174,6 +193,8 @@ def half_quadratic(p: float = 0.7, beta: float = 10.0, kappa: float = 1.01, step
     alternate e = shrink(w - q(w), beta) and z = mean(codes - (w - e) / scale), with
     beta <- kappa beta. The zero point is real-valued.
     """
+    if not 0 < p < 1 or steps < 0:
+        raise ValueError(f"p {p}, steps {steps}; accepted: 0 < p < 1, steps >= 0")
 
     def rule(block, format, importance):
         if format.symmetric:
@@ -286,7 +307,9 @@ class Grid:
         """Scales [out, groups] as codes with scales of their own, one line or many."""
         shape = scale.shape if self.scale_across else (-1, 1)
         line = scale.reshape(shape).astype(jnp.float32)
-        inner = Grid(format, self.scale_block)
+        rule = absmax() if format.symmetric else span()
+        real = not format.symmetric
+        inner = Grid(format, self.scale_block, rule, real_zero=real)
         params = fit_all(inner, line, jnp.ones(len(line)), None)
         return inner.pack(line, params, None, "float32")
 

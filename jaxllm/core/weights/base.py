@@ -111,6 +111,9 @@ class Wrapper(Weight):
     def dot(self, x):
         return dot(x, self.inner)
 
+    def dot_experts(self, x, group_sizes):
+        return dot(x, self.inner, group_sizes=group_sizes)
+
     def refine(self, solve: Solve, stats, support=None):
         return self._around(refine(self.inner, solve, stats, support))
 
@@ -134,11 +137,16 @@ class Preceded(Wrapper):
 
     def dot_experts(self, x, group_sizes):
         """Each row passes what stands before its own expert."""
-        experts = jnp.arange(len(group_sizes))
-        owner = jnp.repeat(experts, group_sizes, total_repeat_length=len(x))
-        mine = jax.tree.map(lambda leaf: leaf[owner], self._around(None))
+        mine = of_rows(self._around(None), x, group_sizes)
         x = jax.vmap(type(self).before)(mine, x)
         return dot(x, self.inner, group_sizes=group_sizes)
+
+
+def of_rows(tree, x: Float[Array, "tokens in"], group_sizes):
+    """Leaves [experts, ...] as [tokens, ...]: those of the expert of each row of x."""
+    experts = jnp.arange(len(group_sizes))
+    owner = jnp.repeat(experts, group_sizes, total_repeat_length=len(x))
+    return jax.tree.map(lambda leaf: leaf[owner], tree)
 
 
 def axes(w, names: Names):

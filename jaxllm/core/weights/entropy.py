@@ -25,7 +25,7 @@ class EntropyCoded(Weight):
     ``rest`` [out * in] holds the sign and the seven fraction bits; ``stream`` the
     canonical Huffman codes, ``starts`` [chunks] their first bits. Among codes of l
     bits, ``last[l - 1]`` is the largest 32-bit window that begins with one of at most
-    l bits, and ``symbols[first[l - 1] + code]`` its exponent.
+    l bits (zero where all are longer), ``symbols[first[l - 1] + code]`` its exponent.
     """
 
     rest: Leaf[UInt8[Array, "*lead entries"]]
@@ -139,7 +139,8 @@ def _exponents(stream, starts, last, first, symbols):
         four = stream[byte].astype(jnp.uint32)
         window = four[:, 0] << 24 | four[:, 1] << 16 | four[:, 2] << 8 | four[:, 3]
         window = window << (at & 7)
-        bits = 1 + (window[:, None] > last[None]).sum(1, dtype=jnp.uint32)
+        longer = (window[:, None] > last) | (last == 0)
+        bits = 1 + longer.sum(1, dtype=jnp.uint32)
         code = (window >> (32 - bits)).astype(jnp.int32)
         return at + bits, symbols[first[bits - 1] + code]
 

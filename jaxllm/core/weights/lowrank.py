@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -92,6 +93,10 @@ class Sum(Weight):
         for term in others:
             total = total + base.dot(x, term)
         return total
+
+    def dot_experts(self, x, group_sizes):
+        terms = (base.dot(x, t, group_sizes=group_sizes) for t in self.terms)
+        return functools.reduce(jnp.add, terms)
 
     def rows(self, ids):
         total = base.rows(self.terms[0], ids)

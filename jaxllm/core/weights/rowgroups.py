@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt
 
-from jaxllm.core.arrays import Leaf, static
+from jaxllm.core.arrays import Leaf, static, to_rank
 from jaxllm.core.weights import base
 from jaxllm.core.weights.base import Names, Weight
 
@@ -44,15 +45,25 @@ class RowGroups(Weight):
         return dense[..., : self.features, :]
 
     def dot(self, x):
-        blocks = self.order.shape[-1]
+        return self._sum(x, self.order, base.dot)
+
+    def dot_experts(self, x, group_sizes):
+        order = base.of_rows(self.order, x, group_sizes)
+        return self._sum(x, order, functools.partial(base.dot, group_sizes=group_sizes))
+
+    def _sum(self, x, order, dot):
+        """The parts' products with their own blocks of x; ``order`` [..., blocks]."""
+        blocks = order.shape[-1]
         short = blocks * self.block - self.features
         filled = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)])
         filled = filled.reshape(*x.shape[:-1], blocks, self.block)
-        turned = filled[..., self.order, :].reshape(*x.shape[:-1], -1)
+        order = to_rank(order[..., None], filled.ndim)
+        turned = jnp.take_along_axis(filled, order, -2)
+        turned = turned.reshape(*x.shape[:-1], blocks * self.block)
         total, start = 0.0, 0
         for part in self.parts:
             stop = start + base.shape(part)[0]
-            total = total + base.dot(turned[..., start:stop], part)
+            total = total + dot(turned[..., start:stop], part)
             start = stop
         return total
 

@@ -115,6 +115,8 @@ class Sparse(Weight):
 
     def refine(self, solve, stats, support=None):
         """Solve the values on this mask; a quantized result keeps only its codes."""
+        if isinstance(self.values, Quantized):
+            return super().refine(solve, stats, support)
         mine = self.support if support is None else self.support & support
         made = solve(self.materialize(), stats, mine)
         kept = self.values.shape[-1]

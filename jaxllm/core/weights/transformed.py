@@ -214,6 +214,11 @@ class OutputTransformed(Wrapper):
     def dot(self, x):
         return self.op.apply(base.dot(x, self.inner))
 
+    def dot_experts(self, x, group_sizes):
+        y = base.dot(x, self.inner, group_sizes=group_sizes)
+        mine = base.of_rows(self.op, x, group_sizes)
+        return jax.vmap(lambda op, row: op.apply(row))(mine, y)
+
     def refine(self, solve, stats, support=None):
         _no_support(support)
         return super().refine(solve, stats, None)

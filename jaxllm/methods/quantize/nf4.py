@@ -19,8 +19,8 @@ def nf4(bits: int = 4, group_size: int = 64, double_quant: bool = True, correct=
     """w = s q_i with q_i the quantiles of N(0, 1) scaled to [-1, 1] (section 3.1).
 
     ``double_quant`` stores the scales in 8 bits, 256 of them to a second scale
-    (section 3.2); the paper uses FP8 after subtracting the mean, here it is an
-    asymmetric int8, whose zero point does the same.
+    (section 3.2); the paper uses FP8 after subtracting the mean of all, here it is an
+    asymmetric int8 from the least to the greatest of the 256.
     """
     scale_format = Integer(8) if double_quant else None
     grid = Grid(normal_float(bits), group_size, absmax(), scale_format=scale_format)
