@@ -21,7 +21,7 @@ USER_ERRORS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 2 (a mistake) or 130 (interrupted)."""
-    options = parser().parse_args(arguments)
+    options = _parsed(arguments)
     try:
         options.command(options)
     except KeyboardInterrupt:
@@ -37,6 +37,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"jaxllm: {message}", file=sys.stderr)
         return 2
     return 0
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; a key=value may stand behind an option too."""
+    known = parser()
+    options, rest = known.parse_known_args(arguments)
+    late = [a for a in rest if "=" in a and not a.startswith("-")]
+    wrong = [a for a in rest if a not in late or "overrides" not in options]
+    if wrong:
+        known.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def parser() -> argparse.ArgumentParser:

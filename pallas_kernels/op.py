@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -49,6 +50,7 @@ class Op:
 
     A kernel takes the reference's arguments and ``interpret=``, and raises
     ``NotImplementedError`` with the reason for what it cannot serve, while tracing.
+    Arrays without elements are the reference's, on every platform.
     Gradients are the reference's unless the platform is in ``own_gradient``.
     ``layout(args, options)`` says how arguments may be divided over a mesh
     (``partition``); an op without one cannot run there.
@@ -62,9 +64,10 @@ class Op:
     layout: Callable[[tuple, Mapping[str, Any]], partition.Layout] | None = None
 
     def __call__(self, *args, **options):
+        args, options = by_position(self.reference, args, options)
         chosen = choice.current()
         platform = chosen.platform
-        if chosen.name == "reference":
+        if chosen.name == "reference" or _some_empty(args):
             return self.reference(*args, **options)
         several = self.layout and platform != "cpu" and jax.device_count() > 1
         run = self.on_mesh if several else self.on
@@ -76,6 +79,7 @@ class Op:
 
     def on(self, platform: str, *args, interpret: bool = False, **options):
         """The kernel of ``platform``, differentiable; NotImplementedError if none."""
+        args, options = by_position(self.reference, args, options)
         kernel = self.kernels.get(platform)
         if kernel is None:
             raise NotImplementedError(f"{self.name} has no kernel for {platform}")
@@ -114,11 +118,33 @@ class Op:
 
     def missing(self, platform: str, *args, **options) -> str | None:
         """Why ``platform`` has no kernel for these arguments, or None if it has."""
+        args, options = by_position(self.reference, args, options)
         try:
             jax.eval_shape(lambda *a: self.on(platform, *a, **options), *args)
         except NotImplementedError as reason:
             return str(reason)
         return None
+
+
+def by_position(
+    function: Callable, args: tuple, options: Mapping[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """``args`` with all that ``function`` takes by position, and the other options.
+
+    Arrays are among ``args``: those have gradients, and are divided over a mesh.
+    """
+    placed, named = list(args), dict(options)
+    for each in list(inspect.signature(function).parameters.values())[len(args) :]:
+        missing = each.default is each.empty and each.name not in named
+        if missing or each.kind is not each.POSITIONAL_OR_KEYWORD:
+            break
+        placed.append(named.pop(each.name, each.default))
+    return tuple(placed), named
+
+
+def _some_empty(args: tuple) -> bool:
+    """Whether an array has no elements, which leaves nothing for a kernel to do."""
+    return any(np.size(a) == 0 for a in jax.tree.leaves(args))
 
 
 def with_gradient(kernel: Callable, reference: Callable) -> Callable:

@@ -358,6 +358,23 @@ def test_overwriting_is_asked_for(tmp_path):
     assert not checkpoint.restore(tmp_path / "run").config.tied
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+def test_what_no_checkpoint_has_is_never_deleted(earlier, tmp_path):
+    run = tmp_path / "run"
+    if earlier:
+        checkpoint.save(small_model(), run)
+    (run / "notes").mkdir(parents=True)
+    before = sorted(run.rglob("*"))
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match=r"holds 'notes'.*another folder"):
+            checkpoint.save(small_model(tied=False), run, overwrite=overwrite)
+        assert sorted(tmp_path.rglob("*")) == [run, *before]
+    (run / "notes").rmdir()
+    (run / "manifest.json").unlink(missing_ok=True)
+    checkpoint.save(small_model(tied=False), run)
+    assert not checkpoint.restore(run).config.tied
+
+
 def test_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(PermissionError, match="cannot write to"):
@@ -403,6 +420,7 @@ import sys, jax, numpy as np, jax.numpy as jnp, pytest, tensorstore as ts
 sys.path.insert(0, {tests!r})
 import test_checkpoint as t
 from jaxllm import checkpoint
+from jaxllm.checkpoint import storage
 uri = {uri!r}
 model = t.with_weight(t.small_model(), "layers.0.attn.q", t.quantized(t.Integer(3), 10))
 checkpoint.check_writable(uri)
@@ -420,6 +438,16 @@ with pytest.raises(FileExistsError):
 checkpoint.save(t.small_model(tied=False), uri, overwrite=True)
 assert not checkpoint.restore(uri).config.tied
 assert checkpoint.stored_bytes(uri) > 1000
+cloud = uri.startswith("s3:") and storage._s3(uri)
+cloud = cloud or ts.KvStore.open(uri + "/").result()
+cloud["folder/notes"] = b"precious"
+for overwrite in (False, True):
+    with pytest.raises(FileExistsError, match="holds 'folder'"):
+        checkpoint.save(model, uri, overwrite=overwrite)
+assert cloud["folder/notes"] == b"precious"
+del cloud["folder/notes"], cloud["manifest.json"]  # as an interrupted save leaves it
+checkpoint.save(model, uri)
+t.assert_same_bits(model, checkpoint.restore(uri))
 print("round trip done")
 """
 

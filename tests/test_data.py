@@ -295,6 +295,23 @@ class TestTokenizers:
         ids = data.load_tokenizer(tmp_path).encode("x")
         assert (ids[0] == 1) == (asked is not False)
 
+    @pytest.mark.parametrize("asked", [None, True, False])
+    def test_sentencepiece_begins_as_configured(self, tmp_path, asked):
+        write_sentencepiece(tmp_path).rename(tmp_path / "tokenizer.model")
+        plain = data.load_tokenizer(tmp_path)
+        config = {} if asked is None else {"add_bos_token": asked}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        tokenizer = data.load_tokenizer(tmp_path)
+        bare = plain.encode("the", bos=False)
+        start = [] if asked is False else [plain.bos_id]
+        assert tokenizer.encode("the") == start + bare
+        assert tokenizer.encode("the", bos=False) == bare
+        assert (tokenizer.fingerprint == plain.fingerprint) == (asked is not False)
+        (tmp_path / "copy").mkdir()
+        tokenizer.save(tmp_path / "copy")
+        again = data.load_tokenizer(tmp_path / "copy")
+        assert again.fingerprint == tokenizer.fingerprint
+
     def test_wrong_tokenizer_for_the_model(self, tiny):
         data.check_vocabulary(tiny, 2048)
         data.check_vocabulary(tiny, 2176)  # padded embedding rows

@@ -36,8 +36,11 @@ from jaxllm.core.weights.blockwise import Blockwise
 from jaxllm.experiment.export import expanded
 from jaxllm.methods import hqq, nf4, rtn, smoothquant, wanda
 from jaxllm.models import MLP, Attention, Layer, MoE, Norm, Rope, Transformer, init
+from jaxllm.models.config import RopeScaling
 from jaxllm.models.exchange import export_model
+from jaxllm.models.exchange.compressed_tensors import CompressedTensors
 from jaxllm.models.exchange.gguf_blocks import BLOCKS
+from jaxllm.models.exchange.gguf_names import read_metadata
 from jaxllm.models.exchange.words import from_words, to_words
 from jaxllm.models.hub import load_model, read_config
 from jaxllm.models.hub.plan import make_plan
@@ -258,6 +261,26 @@ def test_transformers_computes_the_same(hf, name, dequantize, tmp_path):
     config = hf.CompressedTensorsConfig(dequantize=True)
     options = dict(quantization_config=config) if dequantize else {}
     close(small, their_logits(hf, folder, **options))
+
+
+def test_the_most_specific_target_has_the_scheme():
+    """A name before a pattern before the class, whatever the order of the groups."""
+    eight, four = (
+        dict(weights=dict(num_bits=bits, strategy="channel", symmetric=True))
+        for bits in (8, 4)
+    )
+    down, up = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
+    cases = {
+        ("Linear", "re:.*down_proj$"): [(down, 8), (up, 4)],
+        ("re:.*proj$", down): [(down, 8), (up, 4)],
+        (down, "Linear"): [(down, 4), (up, 8)],
+        ("re:.*up.*", "re:.*down.*"): [(down, 8), (up, 4)],
+        ("re:.*u.*", "re:.*_proj"): [(up, 8)],
+    }
+    for (first, second), expected in cases.items():
+        groups = dict(a=four | dict(targets=[first]), b=eight | dict(targets=[second]))
+        read = CompressedTensors().reader(dict(config_groups=groups))
+        assert [(n, read(n, 64, 64).bits) for n, _ in expected] == expected
 
 
 FUSED = {
@@ -539,6 +562,68 @@ def test_gguf_refuses_what_it_does_not_know(tmp_path):
     with pytest.raises(ValueError, match=r"family 'gpt2'; accepted: llama, mistral"):
         export_model(model(family="gpt2"), tmp_path / "n.gguf", "gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+CPP = dict(  # what llama.cpp writes of a Qwen2
+    context_length=64,
+    embedding_length=32,
+    block_count=1,
+    feed_forward_length=64,
+    **{"attention.head_count": 4, "attention.head_count_kv": 2},
+    **{"attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": 1e6},
+)
+
+
+def from_metadata(name: str = "qwen2", **keys):
+    """The first attention of a file with these keys."""
+    found = {f"{name}.{key}": value for key, value in (CPP | keys).items()}
+    found |= {"general.architecture": name, "tokenizer.ggml.tokens": ["a", "b"]}
+    found = {key: value for key, value in found.items() if value is not None}
+    return read_metadata(found, frozenset(), "float32").layers[0].attention
+
+
+def test_gguf_keys_that_llama_cpp_leaves_out():
+    """Heads are width / heads, all of which turns; a scaling is linear."""
+    assert from_metadata().head_dim == from_metadata("qwen3").head_dim == 8
+    assert from_metadata(**{"attention.key_length": 16}).head_dim == 16
+    assert from_metadata(**{"rope.freq_base": None}).rope == Rope()
+    assert from_metadata(**{"attention.head_count_kv": None}).kv_heads == 4
+    linear, kind, factor = (
+        "rope.scale_linear",
+        "rope.scaling.type",
+        "rope.scaling.factor",
+    )
+    stretched = RopeScaling("linear", 4.0)
+    for keys in ({factor: 4.0}, {linear: 4.0}, {factor: 4.0, kind: "linear"}):
+        assert from_metadata(**keys).rope == Rope(1e6, scaling=stretched)
+    for keys in ({factor: 0.0}, {factor: 4.0, kind: "none"}, {kind: "linear"}):
+        assert from_metadata(**keys).rope == Rope(1e6)
+
+
+def test_gguf_keys_that_change_nothing_are_accepted():
+    keys = ("expert_count", "attention.sliding_window", "attention.scale")
+    plain = from_metadata(**dict.fromkeys(keys, 0), logit_scale=1.0)
+    more = {"attention.causal": True, "rope.scaling.finetuned": True}
+    assert plain == from_metadata(**more) == from_metadata()
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("attention.sliding_window", 4),
+        ("attention.scale", 0.5),
+        ("attention.causal", False),
+        ("attention.value_length", 16),
+        ("rope.dimension_count", 4),
+        ("rope.dimension_sections", [2, 1, 1, 0]),
+        ("rope.scaling.attn_factor", 2.0),
+        ("expert_count", 8),
+        ("logit_scale", 0.1),
+    ],
+)
+def test_gguf_keys_that_change_the_function_are_named(key, value):
+    with pytest.raises(ValueError, match=rf"'qwen2.{key}' = .*; accepted: "):
+        from_metadata(**{key: value})
 
 
 @pytest.mark.parametrize("features", [64, 72])

@@ -16,7 +16,7 @@ from jaxllm.checkpoint import FolderStore
 from jaxllm.cli import main
 from jaxllm.core.compose import compose
 from jaxllm.data.tokenizers import load_tokenizer
-from jaxllm.experiment import prepare, reader, runner, schema, sources
+from jaxllm.experiment import notebook, prepare, reader, runner, schema, sources
 from jaxllm.experiment.folder import differences
 from jaxllm.experiment.schema import PerplexityConfig
 
@@ -185,6 +185,38 @@ BAD = {
         lambda t, w: {"transforms": ["rtn(bits=4, group_size=16)", "gptq(bits=4)"]},
         "has no dense part left to compress",
     ),
+    "window of one token": (
+        lambda t, w: judged(w, window=1),
+        "evaluate.perplexity.0: window is 1, expected 2 to 64",
+    ),
+    "no windows": (
+        lambda t, w: judged(w, limit=0),
+        "evaluate.perplexity.0: limit is 0, expected 1 or more",
+    ),
+    "no rows": (
+        lambda t, w: judged(w, batch_size=0),
+        "evaluate.perplexity.0: batch_size is 0, expected 1 or more",
+    ),
+    "no questions": (
+        lambda t, w: {"evaluate": {"tasks": [{"path": "x.jsonl", "limit": 0}]}},
+        "evaluate.tasks.0: limit is 0, expected 1 or more",
+    ),
+    "no new tokens": (
+        lambda t, w: {"generate": {"max_new_tokens": 0}},
+        "generate: max_new_tokens is 0, expected 1 or more",
+    ),
+    "long prompt": (
+        lambda t, w: {"generate": {"prompt": "def f " * 60}},
+        "the model's maximum length is 64",
+    ),
+    "missing training text": (
+        lambda t, w: trained(w, kind="continue", data=str(t / "no.txt")),
+        "no corpus at",
+    ),
+    "no adapters": (
+        lambda t, w: trained(w, kind="lora"),
+        "train: kind 'lora' trains adapters, and the model has none",
+    ),
     "pattern": (
         lambda t, w: {"transforms": ['where("layers.*.mpl", rtn())']},
         "matches no weight; nearest: layers.",
@@ -195,6 +227,16 @@ BAD = {
 def short(folder: Path) -> dict:
     (folder / "short.txt").write_text("x = 1\n")
     return {"source": str(folder / "short.txt"), "length": 32}
+
+
+def judged(work: Path, **changes) -> dict:
+    text = {"texts": str(work / "text.txt"), "window": 32}
+    return {"evaluate": {"perplexity": [text | changes], "speed": False}}
+
+
+def trained(work: Path, **changes) -> dict:
+    usual = dict(data=str(work / "text.txt"), steps=2, length=32, batch_size=2)
+    return {"train": usual | changes}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -370,6 +412,19 @@ def test_list_and_show_know_every_method(capsys):
     assert "accepted: " in capsys.readouterr().err
 
 
+def test_overrides_may_stand_behind_an_option(work, tmp_path, capsys):
+    values = data(work, tmp_path / "runs", transforms=["lora(2)"])
+    file = write(tmp_path / "x.yaml", values | trained(work, kind="lora"))
+    assert main(["run", file, "name=a", "--dry-run", "seed=7", "dtype=bfloat16"]) == 0
+    shown = capsys.readouterr().out
+    assert all(line in shown for line in ("name: a", "seed: 7", "dtype: bfloat16"))
+    for command in (["run", file, "--dry-run"], ["version"]):
+        for wrong in ("sead", "--sead=7") + ("seed=7",) * (command == ["version"]):
+            with pytest.raises(SystemExit):
+                main([*command, wrong])
+            assert f"unrecognized arguments: {wrong}" in capsys.readouterr().err
+
+
 def test_compare_marks_the_pareto_front(finished, tmp_path, capsys):
     folder = tmp_path / "compared"
     assert main(["compare", str(finished), "--output", str(folder)]) == 0
@@ -404,6 +459,18 @@ def test_export_of_a_run(work, finished, tmp_path, capsys):
     gap = abs(hub.load_model(target)(tokens) - model(tokens)).max()
     assert gap < 1e-4
     assert load_tokenizer(target).vocab_size == 2048
+
+
+def test_a_model_without_a_tokenizer_is_saved_and_exported(work, tmp_path):
+    model = notebook.load(str(work / "model"))
+    for name, expected in (("with", True), ("without", False)):
+        notebook.save(model, str(tmp_path / name))
+        notebook.export(model, str(tmp_path / f"{name}-exported"))
+        found = checkpoint.restore_tokenizer(tmp_path / name, load_tokenizer)
+        exported = (tmp_path / f"{name}-exported" / "tokenizer.json").exists()
+        assert (found is not None) == exported == expected
+        checkpoint.save(model, tmp_path / "bare", overwrite=True)
+        model = notebook.load(str(tmp_path / "bare"))
 
 
 def test_traceback_is_shown_when_asked_for(tmp_path):

@@ -10,17 +10,25 @@ from letters import Letters
 from scipy import stats
 
 from jaxllm.generation import Sampler, generate, loop
-from jaxllm.models import MLP, Attention, Layer, Norm, Transformer, init
+from jaxllm.models import MLP, Attention, Layer, Norm, Rope, Transformer, init
+from jaxllm.models.config import RopeScaling
 
 LENGTH = 48
-LOGITS = jax.jit(lambda model, tokens: model(tokens))
+LOGITS = jax.jit(lambda model, tokens, real: model(tokens, segments=real))
 DRAW = jax.jit(lambda sampler, keys, logits: sampler(keys, logits))
+LONGROPE = RopeScaling(
+    "longrope",
+    original_length=12,
+    short=(1.0, 1.1, 1.2, 1.3),
+    long=(1.5, 4.0, 9.0, 16.0),
+)
 LAYERS = {
     "llama": Layer(Attention(2, 1, 8), MLP(24)),
     "windowed": Layer(Attention(2, 2, 8, window=5, qk_norm=Norm()), MLP(24)),
     "learned positions": Layer(
         Attention(2, 2, 8, rope=None), MLP(24, "gelu", gated=False), Norm("layer")
     ),
+    "longrope": Layer(Attention(2, 1, 8, rope=Rope(scaling=LONGROPE)), MLP(24)),
 }
 
 
@@ -49,7 +57,8 @@ def greedy(model, ids, count, eos=129):
     most = min(start + count, LENGTH)
     while len(ids) < most and (len(ids) == start or ids[-1] != eos):
         padded = jnp.zeros((1, LENGTH), jnp.int32).at[0, : len(ids)].set(jnp.array(ids))
-        ids.append(int(LOGITS(model, padded)[0, len(ids) - 1].argmax()))
+        real = (jnp.arange(LENGTH)[None] < len(ids)).astype(jnp.int32)
+        ids.append(int(LOGITS(model, padded, real)[0, len(ids) - 1].argmax()))
     return tuple(ids[start:])
 
 
@@ -132,6 +141,25 @@ def test_logprobs_are_those_of_the_model(tiny, letters):
     np.testing.assert_allclose(got.logprobs, want, atol=1e-4)
     (silent,) = generate(tiny, letters, "hello", 2)
     assert silent.logprobs is None
+
+
+class Few(Letters):
+    """Letters up to "r", so that the model has rows without a token."""
+
+    vocab_size, bos_id, eos_id = 115, 113, 114
+
+
+def test_rows_beyond_the_tokenizer_are_never_chosen(tiny):
+    """And log-probabilities stay those of the model, with all its rows."""
+    for settings in (dict(), dict(temperature=2.0), dict(temperature=2.0, top_k=128)):
+        found = generate(tiny, Few(), ["abc"] * 8, 20, **settings, logprobs=True)
+        ids = [i for one in found for i in one.tokens]
+        assert max(ids) < 115
+    logits = tiny(jnp.asarray([Few().encode("abc")]))[0, -1]
+    want = jax.nn.log_softmax(logits)[found[0].tokens[0]]
+    np.testing.assert_allclose(found[0].logprobs[0], want, atol=1e-4)
+    free = generate(tiny, None, [Few().encode("abc")] * 8, 20, temperature=2.0)
+    assert max(i for one in free for i in one.tokens) >= 115
 
 
 def wanted(logits, temperature, top_k, top_p):

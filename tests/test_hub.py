@@ -6,6 +6,7 @@ too, windows are shorter than the sequence.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxllm.generation import generate
 from jaxllm.models import Rope
 from jaxllm.models.hub import load_model, save_pretrained
 from jaxllm.models.hub.configs import read_config_data, write_config_data
@@ -206,6 +208,20 @@ def test_same_logits_through_the_cache(case):
         close(logits, expected[:, start:stop])
 
 
+@pytest.mark.parametrize("case", ["phi3_longrope"], indirect=True)
+def test_longrope_generates_as_transformers(case):
+    """From 12 tokens over the 16 at which both read the text again, rows together."""
+    import torch
+
+    prompts = TOKENS[:, :12].tolist()
+    found = generate(case.ours, None, [*prompts, TOKENS[0].tolist()], 8)
+    for prompt, one in zip(prompts, found[:3], strict=True):
+        theirs = case.theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=8, do_sample=False
+        )
+        assert one.tokens == tuple(theirs[0, 12:].tolist())
+
+
 def test_export_loads_in_transformers(case, hf, tmp_path):
     """Equal logits, equal tensors, equal configuration; in several shards."""
     out = save_pretrained(case.ours, tmp_path / "out", shard_bytes=20e3)
@@ -294,6 +310,7 @@ PYTHIA = dict(
 )
 PHI_35 = dict(
     model_type="phi3",
+    attention_bias=False,
     auto_map={"AutoConfig": "configuration_phi3.Phi3Config"},
     hidden_size=3072,
     intermediate_size=8192,
@@ -322,15 +339,52 @@ QWEN_25 = dict(
     rope_theta=1000000.0,
     sliding_window=32768,
     tie_word_embeddings=True,
+    use_mrope=False,
+    use_sliding_window=False,
+    vocab_size=151936,
+)
+PHI_4 = PHI_35 | dict(
+    full_attn_mod=1,
+    interpolate_factor=1,
+    lm_head_bias=False,
+    mlp_bias=False,
+    num_key_value_heads=8,
+    num_attention_heads=24,
+    partial_rotary_factor=0.75,
+    tie_word_embeddings=True,
+    vocab_size=200064,
+)
+QWEN_3_MOE = dict(
+    model_type="qwen3_moe",
+    decoder_sparse_step=1,
+    head_dim=128,
+    hidden_size=2048,
+    initializer_range=0.01,
+    intermediate_size=6144,
+    max_position_embeddings=40960,
+    max_window_layers=48,
+    mlp_only_layers=[],
+    moe_intermediate_size=768,
+    norm_topk_prob=True,
+    num_attention_heads=32,
+    num_experts=128,
+    num_experts_per_tok=8,
+    num_hidden_layers=48,
+    num_key_value_heads=4,
+    rope_scaling=None,
+    rope_theta=1000000.0,
+    sliding_window=None,
     use_sliding_window=False,
     vocab_size=151936,
 )
 OLD = dict(llama=LLAMA_31, gemma=GEMMA_3, pythia=PYTHIA, phi=PHI_35, qwen=QWEN_25)
+OLD |= dict(phi_4=PHI_4, qwen_3_moe=QWEN_3_MOE)
 
 
 @pytest.mark.parametrize("name", OLD)
 def test_old_spelling_means_what_transformers_makes_of_it(name, hf):
     fields = {k: v for k, v in OLD[name].items() if k != "model_type"}
+    fields = copy.deepcopy(fields)  # for_model writes into it
     new = hf.AutoConfig.for_model(OLD[name]["model_type"], **fields).to_dict()
     assert "rope_parameters" in new
     assert read_config_data(new) == read_config_data(OLD[name])
@@ -355,6 +409,9 @@ def test_released_facts():
     phi = read_config_data(PHI_35).layers[0].attention.rope.scaling
     assert phi.attention_factor == pytest.approx((1 + np.log(32) / np.log(4096)) ** 0.5)
     assert read_config_data(QWEN_25).layers[-1].attention.window is None
+    assert read_config_data(PHI_4).layers[0].attention.rope.fraction == 0.75
+    moe = read_config_data(QWEN_3_MOE)
+    assert moe.layers[0].attention.window is None and moe.init_std == 0.01
 
 
 @pytest.mark.parametrize(
@@ -374,6 +431,14 @@ def test_released_facts():
         (dict(architectures=["LlamaForSequenceClassification"]), r"SequenceClass"),
         (dict(tie_word_embeddings="no"), r"'tie_word_embeddings' = 'no'"),
         (dict(num_key_value_heads=5), r"32 query heads .* 5 KV heads"),
+        (dict(partial_rotary_factor=0.5), r"'partial_rotary_factor' = 0.5.* 1.0"),
+        (rope(partial_rotary_factor=0.25), r"'partial_rotary_factor' = 0.25"),
+        (PHI_35 | dict(attention_bias=True), r"'attention_bias' = True.*False"),
+        (QWEN_25 | dict(use_mrope=True), r"'use_mrope' = True"),
+        (
+            QWEN_3_MOE | dict(use_sliding_window=True, sliding_window=9),
+            r"'max_window_layers' = 48 with a sliding window",
+        ),
     ],
 )
 def test_unsupported_configurations_are_named(changes, message):
@@ -381,9 +446,32 @@ def test_unsupported_configurations_are_named(changes, message):
         read_config_data(LLAMA_31 | changes)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "mixtral"])
+def test_a_part_of_the_head_is_not_exported_where_it_would_be_ignored(family):
+    """transformers turns whole heads in these families, whatever the key says."""
+    config = read_config_data(dict(model_type=family, **WIDE))
+    half = lambda a: dataclasses.replace(a, rope=Rope(fraction=0.5))  # noqa: E731
+    layers = (
+        dataclasses.replace(x, attention=half(x.attention)) for x in config.layers
+    )
+    with pytest.raises(ValueError, match=r"'partial_rotary_factor' = 0.5"):
+        write_config_data(dataclasses.replace(config, layers=tuple(layers)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_spread_of_fresh_parameters_travels(family):
+    """``initializer_range`` (of OPT: ``init_std``) is read and written."""
+    kind, fields = next(v for v in CASES.values() if v[0] == family)
+    read = read_config_data(dict(model_type=kind, initializer_range=0.006, **fields))
+    config = dataclasses.replace(read, init_std=0.05)
+    again = read_config_data(write_config_data(config))
+    assert (read.init_std, again.init_std) == (0.006, 0.05)
+
+
 def test_opt_350m_is_refused():
     small = dict(model_type="opt", vocab_size=9, hidden_size=8, num_hidden_layers=1)
-    small |= dict(num_attention_heads=2, ffn_dim=8)
+    small |= dict(num_attention_heads=2, ffn_dim=8, activation_dropout=0.0)
+    assert read_config_data(small).family == "opt"
     with pytest.raises(ValueError, match=r"'do_layer_norm_before' = False"):
         read_config_data(small | dict(do_layer_norm_before=False))
     with pytest.raises(ValueError, match=r"'word_embed_proj_dim' = 4|= 8; .*4"):

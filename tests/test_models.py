@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxllm.core import weights
-from jaxllm.core.formats import Log2
+from jaxllm.core.formats import ActivationFormat, Log2, float_format
 from jaxllm.core.model import Model, get, paths, put
 from jaxllm.core.stats import Stats
 from jaxllm.models import (
@@ -30,6 +30,7 @@ from jaxllm.models import (
     init,
 )
 from jaxllm.models.attention import attend
+from jaxllm.models.config import RopeScaling
 from jaxllm.models.hub import rotary_halves
 from jaxllm.models.layers import Pass, rotate
 
@@ -211,6 +212,42 @@ def test_cache_equals_full_pass(model):
         done += lengths
 
 
+FP8, FP4 = float_format(4, 3), float_format(2, 1)
+# name: (format of keys and values, size of a head, whether the kernel reads it)
+CACHES = {
+    "int4_blocks": (ActivationFormat(4, False, 8), 16, True),
+    "int4_wide_block": (ActivationFormat(4, False, 32), 16, True),
+    "int4_short_block": (ActivationFormat(4, False, 12), 16, False),
+    "int3_short_block": (ActivationFormat(3, block=8), 20, False),
+    "int2_half_byte": (ActivationFormat(2, False), 10, False),
+    "int1_half_byte": (ActivationFormat(1), 20, False),
+    "fp8": (ActivationFormat(8, element=FP8), 8, False),
+    "fp4_short_block": (ActivationFormat(4, block=6, element=FP4), 8, False),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_packed_caches_hold_what_rounding_gives(name):
+    """A prompt and single steps equal the full pass, whoever reads the cache."""
+    format, dim, direct = CACHES[name]
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, dim)), jnp.float32)
+    np.testing.assert_array_equal(format.decode(format.encode(x)), format.round(x))
+    layer = Layer(attention(head_dim=dim, window=6), MLP(40))
+    model = random_model(make(layer, 1).with_cache(format))
+    expected, cache = forward(model), model.config.empty_cache(2, LENGTH)
+    assert cache["layers.0"].direct == direct
+    for start, stop in ((0, 10), (10, 11), (11, 12)):
+        now = (x[:, start:stop] for x in (TOKENS, ROW, jnp.ones_like(ROW)))
+        logits, cache = cached(model, *now, cache)
+        close(logits, expected[:, start:stop])
+
+
+def test_a_pass_longer_than_the_cache_is_refused():
+    model = random_model(CONFIGS["grouped"])
+    with pytest.raises(ValueError, match=r"12 tokens for a cache of 8 slots"):
+        model(TOKENS, cache=model.config.empty_cache(2, 8))
+
+
 def test_packed_documents_equal_separate_ones(model):
     first, second = TOKENS[0, :7], TOKENS[1, :4]
     pad = jnp.zeros(1, TOKENS.dtype)
@@ -362,6 +399,22 @@ def test_rotation_depends_on_distance_only():
         product = (rotate(q, here, rope) * rotate(k, there, rope)).sum((0, 2, 3))
         assert float(product[0]) == pytest.approx(float(product[1]), rel=1e-4)
         assert float(product[0]) != pytest.approx(float(product[2]), rel=1e-3)
+
+
+def test_longrope_goes_by_the_length_of_each_document():
+    """Seven tokens take the long factors, four the short ones; padding counts not."""
+    factors = dict(short=(1.0, 1.1, 1.2, 1.3), long=(1.5, 4.0, 9.0, 16.0))
+    scaling = RopeScaling("longrope", original_length=6, **factors)
+    rope = Rope(scaling=scaling)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 12, 1, 8)), jnp.float32)
+    positions = jnp.array([[*range(7), *range(4), 9]])
+    packed = rotate(x, positions, rope, jnp.array([[1] * 7 + [2] * 4 + [0]]))
+    for kind, at, alone in (("long", 0, 7), ("short", 7, 4)):
+        part, there = x[:, at : at + alone], jnp.arange(alone)[None]
+        found = packed[:, at : at + alone]
+        close(found, rotate(part, there, rope))
+        one = dataclasses.replace(scaling, short=factors[kind], long=factors[kind])
+        close(found, rotate(part, there, Rope(scaling=one)))
 
 
 def test_rotary_halves_keep_the_function():

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -149,6 +150,24 @@ class TestLoss:
         here, there = (gradients(next_token(), model, b) for b in (batch, padded))
         assert float(here[0]) == pytest.approx(float(there[0]), rel=1e-6)
         assert largest_difference(here[1], there[1]) < 1e-6
+
+    @pytest.mark.parametrize("chunk", [None, 2])
+    def test_a_masked_position_may_hold_infinities(self, chunk):
+        """The last hidden state predicts nothing: no gradient may see it."""
+        given = SimpleNamespace(
+            forward=lambda params, tokens, **_: params["hidden"],
+            head=lambda params, hidden: hidden @ params["head"],
+        )
+
+        def total(params):
+            model = SimpleNamespace(params=params, config=given)
+            tokens = jnp.zeros((1, 3), jnp.int32)
+            return next_token(chunk=chunk)(model, Batch(tokens), KEY)[0]
+
+        params = {"hidden": jnp.ones((1, 3, 4)), "head": jnp.eye(4, 5)}
+        broken = params | {"hidden": params["hidden"].at[0, 2].set(jnp.inf)}
+        here, there = (jax.grad(total)(p) for p in (params, broken))
+        assert bool(here["head"].any()) and leaves_equal(here, there)
 
     def test_targets_stay_in_their_document(self):
         segments = jnp.array([[1, 1, 2, 2, 0, 0]])

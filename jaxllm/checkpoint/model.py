@@ -17,8 +17,6 @@ from jaxllm.core.spec import Expression, decode, encode
 from jaxllm.core.structure import abstract, build, describe, leaf_shapes
 from jaxllm.distributed import shardings
 
-TOKENIZER = "tokenizer"
-
 
 def save(
     model: Model,
@@ -38,14 +36,15 @@ def save(
 
     Args:
       model: Any model; history entries need a spec (``core.spec``).
-      uri: A folder that holds no checkpoint yet.
+      uri: A folder that does not exist yet, or holds a checkpoint and nothing else.
       tokenizer: Travels along in ``tokenizer/``.
       calibration: What the history was calibrated on; its ``spec`` is recorded.
       seeds, notes: JSON data for the manifest.
       overwrite: Replace a checkpoint that is there.
 
     Raises:
-      FileExistsError: A checkpoint is at ``uri`` and ``overwrite`` is false.
+      FileExistsError: A checkpoint is at ``uri`` and ``overwrite`` is false, or
+        anything else is there.
       PermissionError: Nothing can be written there.
     """
     structure, leaves = describe(model.params)
@@ -56,7 +55,7 @@ def save(
         "calibration": getattr(calibration, "spec", None),
         "seeds": dict(seeds or {}),
         "notes": dict(notes or {}),
-        "tokenizer": TOKENIZER if tokenizer is not None else None,
+        "tokenizer": storage.TOKENIZER if tokenizer is not None else None,
         "structure": structure,
         "checksums": {path: arrays.digest(leaf) for path, leaf in leaves.items()},
     }
@@ -64,7 +63,7 @@ def save(
     with storage.writing(uri, overwrite) as folder:
         arrays.write(folder, leaves)
         if tokenizer is not None and jax.process_index() == 0:
-            _save_tokenizer(tokenizer, folder / TOKENIZER)
+            _save_tokenizer(tokenizer, folder / storage.TOKENIZER)
         manifest.write(folder, record)
 
 
@@ -109,10 +108,11 @@ def restore(
 def restore_tokenizer(uri: str | os.PathLike, load: Callable[[str], Any]):
     """``load(folder)`` of the tokenizer that was saved along, or None."""
     with storage.reading(uri) as folder:
-        if not (folder / TOKENIZER).exists():
+        saved = folder / storage.TOKENIZER
+        if not saved.exists():
             return None
         with tempfile.TemporaryDirectory(prefix="jaxllm-") as copy:
-            for file in (folder / TOKENIZER).iterdir():
+            for file in saved.iterdir():
                 Path(copy, file.name).write_bytes(file.read_bytes())
             return load(copy)
 

@@ -19,7 +19,12 @@ from typing import Any
 
 import jax
 
-MANIFEST = "manifest.json"
+from jaxllm.checkpoint import arrays
+
+MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
+# All that a checkpoint has at its top: nothing else is ever deleted.
+NAMES = frozenset((MANIFEST, arrays.FOLDER, TOKENIZER))
+PROBE = ".writable-"
 SCHEMES = ("gs://", "s3://")
 
 
@@ -52,7 +57,7 @@ def check_writable(uri: str | os.PathLike) -> None:
 
     A small file is written and removed again; call it before any long compute.
     """
-    name = f".writable-{uuid.uuid4().hex}"
+    name = f"{PROBE}{uuid.uuid4().hex}"
     try:
         if scheme(uri) == "s3":
             _probe_s3(str(uri), name)
@@ -93,8 +98,15 @@ def writing(uri: str | os.PathLike, overwrite: bool = False) -> Iterator[Any]:
     is whole and is then renamed; in the cloud an old manifest goes first.
 
     Raises:
-      FileExistsError: A whole checkpoint is there and ``overwrite`` is false.
+      FileExistsError: A whole checkpoint is there and ``overwrite`` is false, or
+        something that no checkpoint has (with ``overwrite`` too).
     """
+    foreign = sorted(_names(uri) - NAMES)
+    if foreign:
+        raise FileExistsError(
+            f"{uri!s} holds {foreign[0]!r}, which is of no checkpoint, and is left as "
+            "it is; choose another folder"
+        )
     if exists(uri) and not overwrite:
         raise FileExistsError(f"{uri!s} exists already; pass overwrite=True or move it")
     kinds = {"file": _writing_local, "gs": _writing_gs, "s3": _writing_s3}
@@ -125,6 +137,17 @@ def exists(uri: str | os.PathLike) -> bool:
     if scheme(uri) == "s3":
         return _s3(str(uri)).read(MANIFEST).result().state == "value"
     return (location(uri) / MANIFEST).exists()
+
+
+def _names(uri: str | os.PathLike) -> set[str]:
+    """What is at the top of ``uri``, less the probes of ``check_writable``."""
+    if scheme(uri) == "s3":
+        keys = (key.decode() for key in _s3(str(uri)).list().result())
+        found = {key.partition("/")[0] for key in keys if key}
+    else:
+        folder = location(uri)
+        found = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    return {name for name in found if not name.startswith(PROBE)}
 
 
 def stored_bytes(uri: str | os.PathLike) -> int:

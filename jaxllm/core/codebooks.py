@@ -103,6 +103,8 @@ class DigitPlanes:
             raise ValueError(f"digits {self.digits}; accepted: two or three values")
         if not isinstance(self.planes, int) or not 1 <= self.planes <= 4:
             raise ValueError(f"{self.planes!r} planes; accepted: 1 to 4")
+        if self.steps < 0:
+            raise ValueError(f"{self.steps} steps; accepted: 0 or more")
 
     @property
     def _combinations(self) -> np.ndarray:

@@ -29,6 +29,8 @@ class Pattern:
     def __post_init__(self):
         if not 0 < self.density <= 1:
             raise ValueError(f"density {self.density}; accepted: 0 < density <= 1")
+        if self.block is not None and self.block < 1:
+            raise ValueError(f"block {self.block}; accepted: None or at least 1")
 
     @property
     def structured(self) -> bool:

@@ -105,6 +105,8 @@ def svd(rank: int | None = None, ratio: float | None = None, metric=metrics.iden
     """
     if (rank is None) == (ratio is None):
         raise ValueError("svd takes either rank or ratio")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank {rank}; accepted: at least 1")
 
     def solve(w, stats, key=None, support=None):
         if support is not None:

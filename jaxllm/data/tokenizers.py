@@ -200,10 +200,12 @@ class SentencePiece(Tokenizer):
         ids = (self._inner.bos_id(), self._inner.eos_id(), self._inner.pad_id())
         self.bos_id, self.eos_id, self.pad_id = (i if i >= 0 else None for i in ids)
         self._config = _read_json(self.path.with_name("tokenizer_config.json"))
+        self._starts = self._config.get("add_bos_token") is not False
         self.chat_template = _chat_template(self.path, self._config)
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
-        start = [self.bos_id] if bos and self.bos_id is not None else []
+        starts = bos and self._starts and self.bos_id is not None
+        start = [self.bos_id] if starts else []
         return self._with_eos(start + self._inner.encode(text), eos)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -211,7 +213,7 @@ class SentencePiece(Tokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        return hash_of(self._proto)
+        return hash_of((b"" if self._starts else b"bare ") + self._proto)
 
     def token(self, index: int) -> str:
         return self._inner.id_to_piece(index)

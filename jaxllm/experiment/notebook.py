@@ -65,9 +65,7 @@ def report(before: Model, after, text, tokenizer: Tokenizer | None = None, **opt
 
 def save(model: Model, uri: str, tokenizer: Tokenizer | None = None, **options) -> None:
     """Write a checkpoint; the tokenizer travels along where one is known."""
-    if tokenizer is None and model.history.origin is not None:
-        tokenizer = tokenizer_of(model)
-    checkpoint.save(model, uri, tokenizer=tokenizer, **options)
+    checkpoint.save(model, uri, tokenizer=_known(model, tokenizer), **options)
 
 
 def export(
@@ -80,9 +78,17 @@ def export(
     """Write a model for other programs: ``gptq``, ``awq``, ``compressed-tensors``,
     ``gguf``, or (None) a dense Hugging Face folder; see ``models.exchange``.
     """
-    if tokenizer is None and model.history.origin is not None:
-        tokenizer = tokenizer_of(model)
-    export_model(model, path, format, tokenizer, round_to)
+    export_model(model, path, format, _known(model, tokenizer), round_to)
+
+
+def _known(model: Model, tokenizer: Tokenizer | None) -> Tokenizer | None:
+    """The tokenizer given, else the one beside the model's source, else None."""
+    if tokenizer is not None or model.history.origin is None:
+        return tokenizer
+    try:
+        return open_tokenizer(model.history.origin)
+    except FileNotFoundError:
+        return None
 
 
 def restore(uri: str, mesh: Mesh | None = None) -> Model:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,8 +16,12 @@ from jaxllm.data.calibration import Calibration, calibrate
 from jaxllm.data.corpora import Corpus, documents
 from jaxllm.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from jaxllm.evaluate import load_problems, load_questions, size
+from jaxllm.evaluate.perplexity import _spec as check_protocol
 from jaxllm.experiment import sources
 from jaxllm.experiment.schema import Experiment, transforms
+from jaxllm.generation.loop import _check as check_prompts
+from jaxllm.generation.loop import encode_prompts
+from jaxllm.generation.sampling import Sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +55,18 @@ def prepare(config: Experiment) -> Prepared:
         shapes = sources.open_shapes(config.model, config.dtype)
         tokenizer = sources.open_tokenizer(config.model, config.tokenizer)
     check_vocabulary(tokenizer, shapes.config.vocab_size)
-    _check_lengths(config, shapes.config.max_length, bool(_needs(steps)))
+    if _needs(steps):
+        _check_length(config, shapes.config.max_length)
+    _check_evaluation(config, shapes, tokenizer)
     corpora = tuple(documents(p.texts, p.split) for p in config.evaluate.perplexity)
     for task in config.evaluate.tasks:
         read = load_questions if task.kind == "choice" else load_problems
         read(task.path)
+    if config.train is not None:
+        from jaxllm.train.tasks import check_data
+
+        with _at("train"):
+            check_data(config.train)
     calibration = _calibration(config, tokenizer) if _needs(steps) else None
     return Prepared(config, shapes, tokenizer, steps, calibration, corpora)
 
@@ -69,13 +82,36 @@ def _needs(steps: tuple[Transform, ...]) -> tuple[str, ...]:
     return tuple(sorted({name for step in steps for name in step.needs}))
 
 
-def _check_lengths(config: Experiment, longest: int, calibrated: bool) -> None:
-    limits = [("calibration.length", config.calibration.length if calibrated else 0)]
+@contextlib.contextmanager
+def _at(place: str) -> Iterator[None]:
+    """Names the place in the configuration that an error is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    except TypeError as error:
+        raise TypeError(f"{place}: {error}") from None
+
+
+def _check_length(config: Experiment, longest: int) -> None:
+    length = config.calibration.length
+    if length > longest:
+        raise ValueError(
+            f"calibration.length is {length}, the model's maximum length {longest}"
+        )
+
+
+def _check_evaluation(config: Experiment, shapes: Model, tokenizer: Tokenizer) -> None:
+    """Refuse what ``perplexity`` and ``generate`` would refuse of the loaded model."""
     for i, p in enumerate(config.evaluate.perplexity):
-        limits.append((f"evaluate.perplexity.{i}.window", p.window or 0))
-    for path, value in limits:
-        if value > longest:
-            raise ValueError(f"{path} is {value}, the model's maximum length {longest}")
+        with _at(f"evaluate.perplexity.{i}"):
+            check_protocol(shapes, p.protocol, p.window, p.stride, p.limit)
+    g = config.generate
+    if g is not None:
+        with _at("generate"):
+            Sampler.of(g.temperature, g.top_k, g.top_p)
+            ids = encode_prompts(shapes, tokenizer, g.prompt)
+            check_prompts(shapes, ids, g.max_new_tokens, batch_size=1)
 
 
 def _calibration(config: Experiment, tokenizer: Tokenizer) -> Calibration:
@@ -99,19 +135,24 @@ def stages(prepared: Prepared) -> list[Stage]:
     """The shapes that each transform would give, traced and not computed.
 
     Raises:
-      ValueError, TypeError: A transform that does not fit the model at its place.
+      ValueError, TypeError: A transform that does not fit the model at its place, or
+        a training of adapters without any.
     """
     model = prepared.shapes
     found = [_stage("dense", model)]
     for i, step in enumerate(prepared.transforms):
-        try:
-            model = plan(step, model, prepared.calibration)
-        except jax.errors.ConcretizationTypeError:
-            found.append(Stage(repr(step), 0, None, "shapes depend on values"))
-            return found
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"transforms.{i} {step!r}: {error}") from None
+        with _at(f"transforms.{i} {step!r}"):
+            try:
+                model = plan(step, model, prepared.calibration)
+            except jax.errors.ConcretizationTypeError:
+                found.append(Stage(repr(step), 0, None, "shapes depend on values"))
+                return found
         found.append(_stage(repr(step), model))
+    if getattr(prepared.config.train, "kind", None) == "lora":
+        from jaxllm.train.tasks import adapters
+
+        with _at("train"):
+            adapters(model)
     return found
 
 

@@ -42,6 +42,10 @@ class PerplexityConfig:
     limit: int | None = None
     batch_size: int = 8
 
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}, expected 1 or more")
+
     @property
     def label(self) -> str:
         return f"{self.texts}[{self.split}] {self.protocol}"
@@ -55,6 +59,10 @@ class TaskConfig:
     kind: Literal["choice", "generation"] = "choice"
     name: str | None = None
     limit: int | None = None
+
+    def __post_init__(self):
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is {self.limit}, expected 1 or more, or null")
 
     @property
     def label(self) -> str:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from jaxllm import checkpoint, methods
 from jaxllm.checkpoint import storage
-from jaxllm.checkpoint.model import TOKENIZER
 from jaxllm.core.model import History, Model
 from jaxllm.core.spec import decode
 from jaxllm.core.structure import abstract
@@ -54,7 +53,7 @@ def open_shapes(uri: str, dtype: str = "float32") -> Model:
 def tokenizer_uri(model: str) -> str:
     """Where the tokenizer of a model lies, as ``load_tokenizer`` understands it."""
     if is_checkpoint(model):
-        return f"{model.rstrip('/')}/{TOKENIZER}"
+        return f"{model.rstrip('/')}/{storage.TOKENIZER}"
     path = Path(model)
     return str(path.parent) if path.is_file() else model
 

@@ -100,8 +100,9 @@ def generate(
     """Continues prompts.
 
     Args:
-      model: Any causal model with ``config.empty_cache``.
-      tokenizer: The model's tokenizer; may be None for prompts of token ids.
+      model: Any causal model with ``config.empty_cache`` and ``config.rereads``.
+      tokenizer: The model's tokenizer; may be None for prompts of token ids. Only
+        its ids are chosen, where the model has more rows.
       prompts: One text, texts, or token ids of each prompt (with BOS where wanted).
       max_new_tokens: New tokens of a row at most; the model's length is a limit too.
       temperature: 0 takes the likeliest token; else logits are divided by it.
@@ -117,7 +118,8 @@ def generate(
         setting out of range, a tokenizer of another vocabulary.
       TypeError: Text prompts or stop strings without a tokenizer.
     """
-    sampler = Sampler.of(temperature, top_k, top_p, model.config.vocab_size)
+    known = (model.config if tokenizer is None else tokenizer).vocab_size
+    sampler = Sampler.of(temperature, top_k, top_p, known)
     stops = check_stops(stop, tokenizer)
     ids = encode_prompts(model, tokenizer, prompts)
     _check(model, ids, max_new_tokens, batch_size)
@@ -243,15 +245,7 @@ def prefill(
 ) -> State:
     """Reads the prompts into a fresh cache of ``slots`` positions; one new token."""
     (batch, width), length = prompts.tokens.shape, prompts.length
-    order = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width))
-    hidden, cache = model.config.forward(
-        model.params,
-        prompts.tokens,
-        positions=order,
-        segments=(order < length[:, None]).astype(jnp.int32),
-        cache=model.config.empty_cache(batch, slots),
-        hidden_only=True,
-    )
+    hidden, cache = _read_whole(model, prompts.tokens, length, slots)
     last = jnp.maximum(length - 1, 0)[:, None, None]
     logits = model.config.head(model.params, jnp.take_along_axis(hidden, last, 1))
     tokens = jnp.zeros((batch, slots), jnp.int32).at[:, :width].set(prompts.tokens)
@@ -263,6 +257,41 @@ def prefill(
     return _choose(state, logits[:, 0], sampler, ends)
 
 
+def _read_whole(model: Model, tokens, length, slots: int):
+    """(last hidden states, a fresh cache) of the first ``length`` tokens of rows."""
+    order = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    order = jnp.broadcast_to(order, tokens.shape)
+    return model.config.forward(
+        model.params,
+        tokens,
+        positions=order,
+        segments=(order < length[:, None]).astype(jnp.int32),
+        cache=model.config.empty_cache(len(tokens), slots),
+        hidden_only=True,
+    )
+
+
+def _read_again(model: Model, state: State) -> State:
+    """The cache anew for rows that have just outgrown one of ``config.rereads``.
+
+    As in transformers, whose Phi-3 drops the cache there.
+    """
+    slots, cache = state.tokens.shape[1], state.cache
+    for most in model.config.rereads:
+        if most + 1 >= slots:  # no row can go on beyond
+            continue
+        rows = state.alive & (state.length == most + 1)
+
+        def renewed(cache, rows=rows, most=most):
+            tokens, length = state.tokens[:, : most + 1], jnp.where(rows, most + 1, 0)
+            fresh = _read_whole(model, tokens, length, slots)[1]
+            mine = lambda x: rows.reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731
+            return jax.tree.map(lambda a, b: jnp.where(mine(a), a, b), fresh, cache)
+
+        cache = jax.lax.cond(rows.any(), renewed, lambda cache: cache, cache)
+    return dataclasses.replace(state, cache=cache)
+
+
 @partial(jax.jit, donate_argnames="state")
 def advance(model: Model, state: State, sampler: Sampler, ends, steps) -> State:
     """Up to ``steps`` more tokens for every row that has not ended."""
@@ -272,7 +301,7 @@ def advance(model: Model, state: State, sampler: Sampler, ends, steps) -> State:
         return (step < steps) & state.alive.any()
 
     def step(carry):
-        count, state = carry
+        count, state = carry[0], _read_again(model, carry[1])
         at = jnp.maximum(state.length - 1, 0)[:, None]
         logits, cache = model(
             jnp.take_along_axis(state.tokens, at, 1),

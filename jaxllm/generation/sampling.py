@@ -18,9 +18,11 @@ class Sampler:
     """A distribution over the next token, made of logits.
 
     The numbers are data, so that another temperature does not compile again; only
-    whether there is sampling at all, and truncation, is static.
+    whether there is sampling at all, and truncation, is static. Tokens from ``size``
+    on (padded rows of an embedding) are never chosen.
     """
 
+    size: Int[Array, ""]
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
@@ -35,7 +37,7 @@ class Sampler:
         top_p: float | None = None,
         vocab_size: int = 2**31 - 1,
     ) -> Sampler:
-        """A checked sampler; temperature 0 is greedy.
+        """A checked sampler of ids below ``vocab_size``; temperature 0 is greedy.
 
         Raises:
           ValueError: A temperature below 0, top_k below 1 or top_p outside (0, 1].
@@ -50,6 +52,7 @@ class Sampler:
             raise ValueError(f"top_p is {top_p}, expected a number in (0, 1], or None")
         truncated = top_k is not None or top_p is not None
         return cls(
+            np.int32(vocab_size),
             np.float32(temperature),
             np.int32(vocab_size if top_k is None else min(top_k, vocab_size)),
             np.float32(1.0 if top_p is None else top_p),
@@ -61,6 +64,8 @@ class Sampler:
         self, keys: Key[Array, " batch"], logits: Float[Array, "batch vocab"]
     ) -> Int[Array, " batch"]:
         """One token for each row, drawn with that row's own key."""
+        known = jnp.arange(logits.shape[-1]) < self.size
+        logits = jnp.where(known, logits, -jnp.inf)
         if self.greedy:
             return jnp.argmax(logits, -1).astype(jnp.int32)
         draw = jax.vmap(jax.random.categorical)

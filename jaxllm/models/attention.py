@@ -94,7 +94,8 @@ class Attention(Part):
             q = Norm(c.qk_norm, d, self.dtype, name="q_norm")(q)
             k = Norm(c.qk_norm, d, self.dtype, name="k_norm")(k)
         if c.rope is not None:
-            q, k = (rotate(t, values.positions, c.rope) for t in (q, k))
+            at = values.positions, c.rope, values.segments
+            q, k = (rotate(t, *at) for t in (q, k))
         if c.rotate_qk:
             q, k = hadamard_transform(q), hadamard_transform(k)
         mixed, cache = self._mix(q, k, v, values)
@@ -129,8 +130,8 @@ class Attention(Part):
         """What each query gathers, and the updated cache.
 
         A whole pass and a single step have kernels; a prompt that is written into a
-        cache, an attention function of the caller's, and rounded probabilities take
-        the dense mask.
+        cache, a cache that the kernel cannot read, an attention function of the
+        caller's, and rounded probabilities take the dense mask.
         """
         c, step, custom = self.config, q.shape[1] == 1, values.attend
         if c.probabilities is not None:  # no kernel has a row's sum before its end
@@ -138,7 +139,7 @@ class Attention(Part):
         if values.cache is not None:
             slots = values.cache.slots(values.positions, values.tokens)
             cache = values.cache.write(k, v, slots, values.segments)
-            if step and custom is None:
+            if step and custom is None and cache.direct:
                 stored, lengths = cache.stored, slots[:, 0] + 1
                 mixed = decode_attention(q[:, 0], *stored, lengths, **self._options())
                 return mixed[:, None], cache

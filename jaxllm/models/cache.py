@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxllm.core.packing import parts
 from pallas_kernels.decode_attention import QuantizedCache
 
 
@@ -59,7 +60,15 @@ class LayerCache:
         return dataclasses.replace(self, skipped=self.skipped + stream.dropped)
 
     def write(self, k, v, slot, segments=None) -> LayerCache:
-        """Put new entries at their slots; padding (segment 0) is dropped."""
+        """Put new entries at their slots; padding (segment 0) is dropped.
+
+        Raises ``ValueError`` for more entries than slots.
+        """
+        if k.shape[1] > self.length:
+            raise ValueError(
+                f"a pass of {k.shape[1]} tokens for a cache of {self.length} slots; "
+                "accepted: as many tokens as slots at most"
+            )
         if segments is not None:
             slot = jnp.where(segments > 0, slot, self.length)
         row = jnp.arange(k.shape[0])[:, None]
@@ -71,6 +80,17 @@ class LayerCache:
         keys = jax.tree.map(store, self.keys, k)
         values = jax.tree.map(store, self.values, v)
         return dataclasses.replace(self, keys=keys, values=values)
+
+    @property
+    def direct(self) -> bool:
+        """Whether ``pallas_kernels.decode_attention`` reads what is stored: integers
+        in equal blocks and whole bytes. Other formats are decoded first.
+        """
+        if self.format is None:
+            return True
+        width, block = self.keys.width, self.format.block or self.keys.width
+        whole = all(width * part % 8 == 0 for part in parts(self.format.bits))
+        return self.format.element is None and whole and width % min(block, width) == 0
 
     @property
     def stored(self):

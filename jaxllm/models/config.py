@@ -17,7 +17,8 @@ class RopeScaling:
 
     ``kind`` is ``linear``, ``llama3``, ``yarn`` or ``longrope``; the other fields
     are the names that model cards use. ``short`` and ``long`` are the per-frequency
-    factors of longrope; ``attention_factor`` multiplies cosine and sine.
+    factors of longrope for documents of up to ``original_length`` tokens and for longer
+    ones; ``attention_factor`` multiplies cosine and sine.
     """
 
     kind: str

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxllm.core import weights
 from jaxllm.core.arrays import to_rank
 from jaxllm.core.stats import Stats
+from jaxllm.core.streams import spans
 from jaxllm.models.config import Norm as NormConfig
 from jaxllm.models.config import Rope, RopeScaling
 
@@ -137,10 +138,10 @@ def activation(name: str) -> Callable:
     }[name]
 
 
-def rotate(x, positions, rope: Rope):
+def rotate(x, positions, rope: Rope, segments=None):
     """Rotary embedding of ``x`` [batch, length, heads, dim] at ``positions``."""
     dim = int(x.shape[-1] * rope.fraction)
-    frequencies, gain = rotary_frequencies(rope, dim, positions)
+    frequencies, gain = rotary_frequencies(rope, dim, positions, segments)
     angle = positions[..., None].astype(jnp.float32) * to_rank(frequencies, 3)
     cos, sin = (f(angle)[:, :, None, :] * gain for f in (jnp.cos, jnp.sin))
     part, rest = x[..., :dim].astype(jnp.float32), x[..., dim:]
@@ -154,8 +155,12 @@ def rotate(x, positions, rope: Rope):
     return jnp.concatenate((turned.astype(x.dtype), rest), -1)
 
 
-def rotary_frequencies(rope: Rope, dim: int, positions):
-    """Angular frequencies [dim / 2] and the gain on cosine and sine."""
+def rotary_frequencies(rope: Rope, dim: int, positions, segments=None):
+    """Angular frequencies [dim / 2] and the gain on cosine and sine.
+
+    Those of longrope, [batch, length or 1, dim / 2], depend on the length so far of
+    each token's document; transformers takes the longest of the batch.
+    """
     base = 1.0 / rope.theta ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
     s = rope.scaling
     if s is None:
@@ -167,11 +172,22 @@ def rotary_frequencies(rope: Rope, dim: int, positions):
     if s.kind == "yarn":
         return _yarn(base, rope, dim), s.attention_factor
     if s.kind == "longrope":
-        beyond = positions.max() >= s.original_length
-        factors = jnp.where(beyond, jnp.asarray(s.long), jnp.asarray(s.short))
-        return base / factors.astype(jnp.float32), s.attention_factor
+        short, long = (
+            jnp.asarray(x, jnp.float32)[None, None] for x in (s.short, s.long)
+        )
+        beyond = _last(positions, segments)[..., None] >= s.original_length
+        factors = jnp.where(beyond, long, short)
+        return to_rank(base, 3) / factors, s.attention_factor
     kinds = "linear, llama3, yarn, longrope"
     raise ValueError(f"rope scaling {s.kind!r}; accepted: {kinds}")
+
+
+def _last(positions, segments):
+    """The last position of each token's document [batch, length or 1]."""
+    if segments is None:
+        return positions.max(1, keepdims=True)
+    _, end = spans(positions.shape, segments)
+    return jnp.take_along_axis(positions, end - 1, 1)
 
 
 def _llama3(base, s: RopeScaling):

@@ -218,6 +218,18 @@ class Transformer:
             if block.config.attention is not None
         }
 
+    @property
+    def rereads(self) -> tuple[int, ...]:
+        """Lengths beyond which a text must be read anew: longrope changes its factors.
+
+        A cache that was filled up to there holds keys of the old ones. ``generate``
+        fills a fresh one; callers who decode by themselves must do so too.
+        """
+        ropes = (x.attention.rope for x in self.layers if x.attention is not None)
+        scalings = (rope.scaling for rope in ropes if rope is not None)
+        found = {s.original_length for s in scalings if s and s.kind == "longrope"}
+        return tuple(sorted(found))
+
     def untied(self) -> Transformer:
         """The same architecture with a head of its own."""
         return dataclasses.replace(self, tied=False)

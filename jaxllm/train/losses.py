@@ -66,14 +66,17 @@ def next_token(
 
 def _total(model: Model, z: float, hidden, following, weight) -> Array:
     """Weighted sum of -log p(following | hidden), plus z (log Z)^2."""
+    # A masked position may hold anything, infinities included: what the head reads of
+    # it is replaced too, or the gradient would be 0 times infinity.
+    counts = weight > 0
+    hidden = jnp.where(counts[..., None], hidden, 0.0)
     logits = model.config.head(model.params, hidden)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, following[..., None], axis=-1)[..., 0]
     nats = log_z - chosen
     if z:
         nats = nats + z * jnp.square(log_z)
-    # A masked position may hold anything, infinities included.
-    return jnp.where(weight > 0, nats * weight, 0.0).sum()
+    return jnp.where(counts, nats * weight, 0.0).sum()
 
 
 def _chunked(part, chunk: int, hidden, following, weight) -> Array:

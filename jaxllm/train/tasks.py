@@ -130,14 +130,30 @@ def training_data(
 ) -> tuple[Batches, list[Batch] | None]:
     """Training batches, and the held-out ones (``None`` without evaluation)."""
     make = _chat_batches if config.chats else _text_batches
-    data = make(config, tokenizer, config.data, "train")
-    if config.eval_data == "none":
+    data, *rest = (make(config, tokenizer, *pair) for pair in _sources(config))
+    if not rest:
         return data, None
-    source = config.eval_data or config.data
-    held = make(config, tokenizer, source, "eval")
+    held = rest[0]
     # Rows of an evaluation are seen once: a small set has fewer batches.
     count = min(config.eval_batches, max(1, len(held.rows) // config.batch_size))
     return data, list(itertools.islice(held.steps(), count))
+
+
+def check_data(config: TrainConfig) -> None:
+    """Refuse sources that ``training_data`` would refuse; nothing is tokenised."""
+    for source, split in _sources(config):
+        if config.chats:
+            _conversations(config, source, split)
+        else:
+            documents(source, split)
+
+
+def _sources(config: TrainConfig) -> list[tuple[str, str]]:
+    """(URI, split) of the training, then of the evaluation where there is one."""
+    first = config.data, "train"
+    if config.eval_data == "none":
+        return [first]
+    return [first, (config.eval_data or config.data, "eval")]
 
 
 def adapters(model: Model) -> Callable[[str, Any], bool]:
@@ -178,7 +194,15 @@ def _text_batches(
 def _chat_batches(
     config: TrainConfig, tokenizer: Tokenizer, source: str, split: str
 ) -> Batches:
-    """Packed conversations; of one file every twentieth is held out."""
+    """Packed conversations."""
+    every = _conversations(config, source, split)
+    template = chat.PLAIN if config.template == "plain" else config.template
+    rows = chat.pack_chats(every, tokenizer, config.length, template)
+    return Batches(rows, config.batch_size, config.seed, shuffle=split == "train")
+
+
+def _conversations(config: TrainConfig, source: str, split: str) -> list:
+    """The conversations of a split; of one file every twentieth is held out."""
     every = load_conversations(source)
     if config.eval_data is None:
         held = [i % 20 == 19 for i in range(len(every))]
@@ -189,9 +213,7 @@ def _chat_batches(
             f"{source} has too few conversations to hold one of twenty out for the "
             "evaluation; give eval_data, or 'none'"
         )
-    template = chat.PLAIN if config.template == "plain" else config.template
-    rows = chat.pack_chats(every, tokenizer, config.length, template)
-    return Batches(rows, config.batch_size, config.seed, shuffle=split == "train")
+    return every
 
 
 def _record(folder: Path, config: TrainConfig, data: Batches) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.annotations import Array, Bool, Float, Int
 
 Index = tuple[
     Int[Array, "batch heads qblocks width"], Int[Array, "batch heads qblocks"]

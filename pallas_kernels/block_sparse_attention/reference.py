@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.annotations import Array, Bool, Float, Int
 from pallas_kernels.flash_attention.reference import check, softmax_mix
 
 

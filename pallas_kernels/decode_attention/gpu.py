@@ -39,7 +39,7 @@ from pallas_kernels.decode_attention.gpu_plan import (
     check_served,
     codes_of,
 )
-from pallas_kernels.decode_attention.reference import check, gathered
+from pallas_kernels.decode_attention.reference import check, gathered, slots_of
 from pallas_kernels.online_softmax import LOG2E
 
 ROOM = 2.0**4  # centres float16's range on queries times scales
@@ -67,16 +67,16 @@ def decode_attention(
     at most 1: of a scale above 4000 the result is not finite, and below 1e-6 it loses
     digits. Shares of empty or short sequences cost nothing.
     """
-    check(q, keys, values, lengths, pages, window)
+    lengths = check(q, keys, values, lengths, pages, sinks, window)
     check_served(q, keys, values, pages, interpret)
     batch, heads, width = q.shape
     groups = keys.shape[2]
     page = None if pages is None else keys.shape[1]
-    slots = keys.shape[1] if pages is None else pages.shape[1] * page
+    slots = slots_of(keys, pages)
     columns = -(-heads // groups // 8) * 8
     plan = Plan(
-        width, columns, page, codes_of(keys), codes_of(values), soft_cap, window, sums,
-        interpret,
+        width, columns, page, slots, codes_of(keys), codes_of(values), soft_cap, window,
+        sums, interpret,
     )  # fmt: skip
     tuning = tuning or plan.default_tuning(batch * groups, slots)
     scale = width**-0.5 if scale is None else scale

@@ -139,7 +139,7 @@ def _start_queries(plan: Plan, own, q_s, q_full) -> dict:
 
 def _share(plan: Plan, tuning: Tuning, length, split):
     """The first tile of this share and how many tiles it has."""
-    last = lax.div(length + (TILE - 1), TILE)
+    last = lax.div(jnp.minimum(length, plan.slots) + (TILE - 1), TILE)
     first = jnp.int32(0)
     if plan.window is not None:
         first = lax.div(jnp.maximum(length - plan.window, 0), TILE)
@@ -300,7 +300,7 @@ def _logits(plan: Plan, s, factor, tile, length):
         s = jnp.tanh(s) * (plan.soft_cap * LOG2E)
     slot = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=WGMMA)
     slot = slot + tile * TILE
-    seen = slot < length
+    seen = slot < jnp.minimum(length, plan.slots)
     if plan.window is not None:
         seen = seen & (slot >= length - plan.window)
     return jnp.where(seen, s, -jnp.inf)

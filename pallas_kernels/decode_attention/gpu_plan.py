@@ -31,6 +31,7 @@ class Plan:
     width: int
     columns: int  # query heads of a key head, in whole eights
     page: int | None
+    slots: int  # of a sequence
     keys: Codes | None
     values: Codes | None
     soft_cap: float | None

@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_sparse_attention.stream import dot
 from pallas_kernels.decode_attention import tpu_cache
-from pallas_kernels.decode_attention.reference import check
+from pallas_kernels.decode_attention.reference import check, slots_of
 from pallas_kernels.decode_attention.tpu_cache import Side
 from pallas_kernels.flash_attention.reference import NEGATIVE
 
@@ -49,6 +49,7 @@ class Plan:
     tiles: int  # of a step: pages, or one
     steps: int  # of a split
     splits: int
+    slots: int  # of a sequence's cache
 
     @property
     def interleaved(self) -> int:
@@ -67,7 +68,8 @@ class Plan:
 
     def block(self, length, split, step):
         """The block of a grid step, and whether the sequence reaches it."""
-        last = lax.div(length + self.tokens - 1, self.tokens) - 1
+        written = jnp.minimum(length, self.slots)
+        last = lax.div(written + self.tokens - 1, self.tokens) - 1
         wanted = self.first(length) + split * self.steps + step
         return jnp.clip(wanted, 0, jnp.maximum(last, 0)), wanted <= last
 
@@ -112,7 +114,7 @@ def decode_kernel(plan: Plan, lengths, pages, q, *refs):
         own, seen = plan.visible(s.shape, block, length)
         if plan.sums:
             outputs[3][0] = _compact(jnp.where(own, s, 0.0), plan.keys.groups)
-        s = jnp.where(seen, s, NEGATIVE)
+        s = jnp.where(seen, s, -jnp.inf)
         before = peak[:, :1]
         after = jnp.maximum(before, s.max(-1, keepdims=True))
         p, kept = jnp.exp(s - after), jnp.exp(before - after)
@@ -184,7 +186,7 @@ def launch(plan: Plan, q, keys, values, lengths, pages, interpret: bool):
             )
         )
         shapes.append((batch, rows, plan.splits * plan.steps * plan.tokens))
-    table = jnp.zeros((1, 1), jnp.int32) if pages is None else pages
+    table = jnp.zeros((1, 1), jnp.int32) if pages is None else pages.astype(jnp.int32)
     return pl.pallas_call(
         lambda *refs: decode_kernel(plan, *refs),
         out_shape=[jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes],
@@ -273,7 +275,7 @@ def make_plan(keys, values, pages, tuning: Tuning, options) -> Plan:
     splits = min(tuning.splits, blocks)
     return Plan(
         *sides, tokens=tokens, tiles=tiles, steps=-(-blocks // splits), splits=splits,
-        **options,
+        slots=slots_of(keys, pages), **options,
     )  # fmt: skip
 
 
@@ -282,7 +284,7 @@ def decode_attention(
     window=None, sums=False, interpret=False, tuning: Tuning | None = None,
 ):  # fmt: skip
     """The reference's arguments."""
-    check(q, keys, values, lengths, pages, window)
+    lengths = check(q, keys, values, lengths, pages, sinks, window)
     batch, _, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
     options = dict(scale=scale, soft_cap=soft_cap, window=window, sums=sums)
@@ -306,7 +308,7 @@ def decode_attention(
 
 def _column_sums(plan: Plan, scores, logsum, lengths, pages, keys):
     """[batch, groups, slots]: exp(score - logsum) over the heads of a group."""
-    slots = keys.shape[1] if pages is None else pages.shape[1] * keys.shape[1]
+    slots = slots_of(keys, pages)
     slot, length = jnp.arange(slots)[None], lengths[:, None]
     seen = slot < length
     if plan.window is not None:

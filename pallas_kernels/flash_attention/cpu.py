@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from pallas_kernels.flash_attention.reference import (
     NEGATIVE,
     check,
-    same_segment,
     visibility,
 )
 
@@ -36,22 +35,22 @@ def flash_attention(
     mixed the values, one pass over the scores less. Differentiable by itself.
     """
     del interpret  # nothing here is interpreted
-    check(q, k, v, window=window, first=first)
+    check(q, k, v, segments, sinks, window=window, first=first)
     heads, groups, ahead = q.shape[2], k.shape[2], k.shape[1] - q.shape[1]
     shared = q.reshape(*q.shape[:2], groups, heads // groups, q.shape[3])
     shared = shared.astype(jnp.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     size = max(BLOCK, -(-q.shape[1] // BLOCKS))
+    options = dict(causal=causal, window=window, first=first)
     mixed = []
     for low in range(0, q.shape[1], size):
         high = min(low + size, q.shape[1])
         begin, end = _keys(low + ahead, high + ahead, k.shape[1], causal, window, first)
         rows, columns = jnp.arange(low, high) + ahead, jnp.arange(begin, end)
-        seen = visibility(rows, columns, causal=causal, window=window, first=first)
-        seen = seen[None]
+        own = None
         if segments is not None:
             own = segments[0][:, low:high], segments[1][:, begin:end]
-            seen = seen & same_segment(own)
+        seen = visibility(rows, columns, own, **options)
         near = (x[:, begin:end].astype(jnp.float32) for x in (k, v))
         part = _mix(shared[:, low:high] * scale, *near, seen, sinks, soft_cap)
         mixed.append(part)

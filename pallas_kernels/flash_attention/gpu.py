@@ -40,7 +40,7 @@ def flash_attention(
     interpret: bool = False,
 ):
     """See the reference. bfloat16 or float16; no first positions."""
-    reference.check(q, k, v, window=window, first=first)
+    reference.check(q, k, v, segments, sinks, window=window, first=first)
     online.check_dtypes(q, k, v, interpret=interpret)
     compat.require_hopper(interpret)
     if first:

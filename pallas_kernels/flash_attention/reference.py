@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.annotations import Array, Bool, Float, Int
 
 NEGATIVE = -0.7 * float(jnp.finfo(jnp.float32).max)
 Segments = tuple[Int[Array, "batch q"], Int[Array, "batch kv"]]
@@ -24,12 +25,13 @@ def softmax_mix(
     heads, groups, wide = q.shape[2], k.shape[2], jnp.float32
     if heads % groups:
         raise ValueError(f"{heads} query heads do not share {groups} key heads evenly")
-    shared = q.astype(wide).reshape(*q.shape[:2], groups, -1, q.shape[3])
+    shape = *q.shape[:2], groups, heads // groups, q.shape[3]
+    shared = q.astype(wide).reshape(shape)
     scores = jnp.einsum("bqgrd,btgd->bgrqt", shared, k.astype(wide))
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    by_group = (visible.shape[0], -1, heads // groups, *visible.shape[2:])
+    by_group = (visible.shape[0], groups, heads // groups, *visible.shape[2:])
     alike = visible.shape[1] == 1
     visible = visible[:, :, None] if alike else visible.reshape(by_group)
     scores = jnp.where(visible, scores, NEGATIVE)
@@ -46,41 +48,57 @@ def softmax_mix(
 def visibility(
     queries: Int[Array, "q"],
     keys: Int[Array, "kv"],
+    segments: Segments | None = None,
     *,
     causal: bool,
     window: int | None,
     first: int,
-) -> Bool[Array, "q kv"]:
-    """Who sees whom by position: not the future, within the window or among first."""
+) -> Bool[Array, "#batch q kv"]:
+    """Who sees whom: not the future, within the window or among first, by position.
+
+    Equal segments see each other; 0 is padding, which sees and shows nothing.
+    """
     distance = queries[:, None] - keys[None, :]
     mask = jnp.ones(distance.shape, bool)
     if window is not None:
         mask = (jnp.abs(distance) < window) | (keys < first)[None, :]
-    return mask & (distance >= 0) if causal else mask
-
-
-def same_segment(segments: Segments) -> Bool[Array, "batch q kv"]:
-    """Equal ids see each other; id 0 is padding, which sees and shows nothing."""
+    mask = (mask & (distance >= 0) if causal else mask)[None]
+    if segments is None:
+        return mask
     mine, theirs = segments[0][:, :, None], segments[1][:, None, :]
-    return (mine == theirs) & (mine != 0)
+    return mask & (mine == theirs) & (mine != 0)
 
 
-def check(q, k, v, *, window: int | None = None, first: int = 0) -> None:
+def check(
+    q, k, v, segments=None, sinks=None, *, window: int | None = None, first: int = 0
+) -> None:
     """Refuse shapes and options that have no meaning."""
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(
             f"q {q.shape}, k {k.shape}, v {v.shape}; accepted: q [batch, q, heads, "
             "dim] with k and v [batch, kv, groups, dim]"
         )
-    if (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]) or q.shape[2] % k.shape[2]:
+    same, groups = (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3]), k.shape[2]
+    if not same or not groups or q.shape[2] % groups:
         raise ValueError(
             f"q {q.shape} and k {k.shape}: batch and dim must agree, heads must be a "
             "multiple of groups"
         )
+    if segments is not None:
+        found, wanted = tuple(s.shape for s in segments), (q.shape[:2], k.shape[:2])
+        if found != wanted:
+            raise ValueError(f"segments {found}; accepted: {wanted}")
+    check_sinks(sinks, q.shape[2])
     if window is not None and window < 1:
         raise ValueError(f"window {window}; accepted: None or at least 1")
     if first < 0 or (first and window is None):
         raise ValueError(f"first {first}; accepted: 0, or more with a window")
+
+
+def check_sinks(sinks, heads: int) -> None:
+    """Refuse sinks that are not one for each query head."""
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks {sinks.shape}; accepted: {(heads,)}")
 
 
 def flash_attention(
@@ -107,10 +125,9 @@ def flash_attention(
     c tanh(s / c) (Gemma 2). ``scale`` is dim^-1/2 by default. Scores and sums are
     float32; the result has the dtype of ``q``; a row that sees nothing is zero.
     """
-    check(q, k, v, window=window, first=first)
+    check(q, k, v, segments, sinks, window=window, first=first)
     keys = jnp.arange(k.shape[1])
     queries = jnp.arange(q.shape[1]) + k.shape[1] - q.shape[1]
-    seen = visibility(queries, keys, causal=causal, window=window, first=first)[None]
-    if segments is not None:
-        seen = seen & same_segment(segments)
+    options = dict(causal=causal, window=window, first=first)
+    seen = visibility(queries, keys, segments, **options)
     return softmax_mix(q, k, v, seen[:, None], sinks, soft_cap=soft_cap, scale=scale)

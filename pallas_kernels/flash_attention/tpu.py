@@ -22,7 +22,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from pallas_kernels.flash_attention.reference import (
     NEGATIVE,
     check,
-    same_segment,
     visibility,
 )
 
@@ -139,7 +138,7 @@ def flash_attention(
     soft_cap=None, scale=None, interpret=False, tuning: Tuning | None = None,
 ):  # fmt: skip
     """The reference's arguments; sequences are padded to whole lanes."""
-    check(q, k, v, window=window, first=first)
+    check(q, k, v, segments, sinks, window=window, first=first)
     queries, keys, dtype = q.shape[1], k.shape[1], q.dtype
     if causal and queries > keys:
         raise NotImplementedError("causal queries that stand before the first key")
@@ -160,12 +159,10 @@ def flash_attention(
         )
     run = jax.vmap(functools.partial(kernel, sinks=sinks), in_axes=(0, 0, 0, 0))
     out = jnp.swapaxes(run(*heads_first, ids), 1, 2)[:, :queries].astype(dtype)
-    if segments is None:
-        return out
-    # Splash averages the values for a row that sees nothing: this op gives zeros.
+    if segments is None and (window is None or queries <= keys):
+        return out  # every row sees the key at its own position, or all keys
+    # Of a row that sees nothing splash gives any values or NaN: this op gives zeros.
     positions = jnp.arange(queries) + keys - queries
-    near = visibility(
-        positions, jnp.arange(keys), causal=causal, window=window, first=first
-    )
-    seen = (near[None] & same_segment(segments)).any(-1)
+    options = dict(causal=causal, window=window, first=first)
+    seen = visibility(positions, jnp.arange(keys), segments, **options).any(-1)
     return jnp.where(seen[..., None, None], out, jnp.zeros((), dtype))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+
+from pallas_kernels.annotations import Array, Float, Int
 
 
 def check(x, w, index, block: int) -> None:

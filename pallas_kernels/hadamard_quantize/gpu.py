@@ -279,7 +279,7 @@ def _kernel(plan: Plan, *refs, **scratch):
         pl.when(more)(lambda: fetch(i + t.stages))
         largest = jnp.max(compat.load(peaks, COLUMNS))
         top = 2 ** (plan.bits - 1) - 1
-        scale = jnp.where(largest > 0, largest * (plan.clip / top), 1.0)
+        scale = jnp.where(largest == 0, 1.0, largest * (plan.clip / top))
         token = first + i * stride
 
         @pl.when(tile == 0)

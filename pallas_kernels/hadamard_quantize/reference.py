@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8, UInt8
+
+from pallas_kernels.annotations import Array, Float, Int8, UInt8
 
 
 def check(x, a, b, bits: int, clip: float) -> None:
     """ValueError names the argument that does not fit the others."""
-    if a.shape[0] != a.shape[1] or b.shape[0] != b.shape[1]:
+    if any(f.shape != (len(f), len(f)) or not len(f) for f in (a, b)):
         raise ValueError(f"factors {a.shape} and {b.shape}; accepted: square ones")
     if x.shape[-1] % (len(a) * len(b)):
         raise ValueError(f"{len(a)} x {len(b)} does not divide the width {x.shape[-1]}")
@@ -38,10 +41,13 @@ def hadamard_quantize(
     block-diagonal, as ``hadamard_transform`` is. ``bits`` 8 gives int8; 4 packs two
     codes in a byte, the first in the low bits, offset by 8 (``quantized_matmul``'s
     planes). Ties round to even; values beyond the scale are clipped to +-(2^(bits-1)
-    - 1). A row of zeros has scale 1. The transform is computed in float32.
+    - 1). A row of zeros has scale 1, and one with NaN has NaN. The transform is
+    computed in float32.
     """
     check(x, a, b, bits, clip)
-    blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, len(a), len(b))
+    factors = len(a), len(b)
+    shape = *x.shape[:-1], x.shape[-1] // math.prod(factors), *factors
+    blocks = x.astype(jnp.float32).reshape(shape)
     left, right = a.astype(jnp.float32), b.astype(jnp.float32)
     y = jnp.einsum("...ij,ik,jl->...kl", blocks, left, right).reshape(x.shape)
     codes, scale = quantize(y, bits, clip)
@@ -51,8 +57,8 @@ def hadamard_quantize(
 def quantize(y, bits: int, clip: float):
     """Symmetric codes (int32) along the last axis, and their scale."""
     top = 2 ** (bits - 1) - 1
-    largest = jnp.max(jnp.abs(y), -1, keepdims=True)
-    scale = jnp.where(largest > 0, largest * (clip / top), 1.0)
+    largest = jnp.max(jnp.abs(y), -1, keepdims=True, initial=0.0)
+    scale = jnp.where(largest == 0, 1.0, largest * (clip / top))
     codes = jnp.clip(jnp.round(y / scale), -top, top)
     return codes.astype(jnp.int32), scale
 
@@ -60,5 +66,5 @@ def quantize(y, bits: int, clip: float):
 def pack(codes):
     """Two 4-bit codes a byte, raised by 8 to be positive."""
     raised = (codes + 8).astype(jnp.uint8)
-    pairs = raised.reshape(*codes.shape[:-1], -1, 2)
+    pairs = raised.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
     return pairs[..., 0] | (pairs[..., 1] << jnp.uint8(4))

@@ -87,7 +87,7 @@ def _kernel(x_ref, a_ref, b_ref, codes_ref, scale_ref, *, bits: int, clip: float
     def row(i, _):
         y = _dot(_dot(a_ref[...], x_ref[i]), b_ref[...])
         largest = jnp.max(jnp.abs(y), keepdims=True)
-        scale = jnp.where(largest > 0, largest * (clip / top), 1.0)
+        scale = jnp.where(largest == 0, 1.0, largest * (clip / top))
         codes = jnp.clip(jnp.round(y / scale), -top, top).astype(jnp.int32)
         if bits == 4:
             half = codes.shape[1] // 2

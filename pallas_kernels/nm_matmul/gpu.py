@@ -67,7 +67,7 @@ def nm_matmul(
     of 64, or blocks of neither.
     """
     hopper.require(interpret)
-    check(x, mask, values, scale, zero, n, m, bits, block)
+    check(x, mask, values, scale, zero, low_rank, n, m, bits, block)
     inputs, outputs = x.shape[-1], len(mask)
     narrow, stored = x.dtype == jnp.bfloat16, values if bits is None else values[0]
     if not x.size:

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
 
-from pallas_kernels.planes import Planes, unpack
-from pallas_kernels.quantized_matmul.reference import LowRank, corrected
+from pallas_kernels.annotations import Array, Float, UInt8
+from pallas_kernels.planes import Planes, check_blocks, check_planes, unpack
+from pallas_kernels.quantized_matmul.reference import (
+    LowRank,
+    check_low_rank,
+    corrected,
+    spread,
+)
 
 
-def check(x, mask, values, scale, zero, n: int, m: int, bits, block) -> None:
+def check(x, mask, values, scale, zero, low_rank, n: int, m: int, bits, block):
     """ValueError names the argument that does not fit the others."""
     inputs, outputs = x.shape[-1], len(mask)
     if not 0 < n < m or inputs % m:
         raise ValueError(f"{n}:{m} along {inputs} inputs")
     if mask.shape[1] != -(-inputs // 8):
         raise ValueError(f"mask {mask.shape} for {inputs} inputs, 8 in a byte")
-    if (bits is None) != (scale is None):
-        raise ValueError("bits and scale go together: packed codes have both")
-    if bits is None and values.shape != (outputs, inputs // m * n):
-        raise ValueError(
-            f"values {values.shape}; accepted: {(outputs, inputs // m * n)}"
-        )
-    if scale is not None:
-        blocks = 1 if block is None else -(-inputs // block)
-        if scale.shape != (outputs, blocks):
-            raise ValueError(f"scale {scale.shape}; accepted: {(outputs, blocks)}")
-    if zero is not None and (scale is None or zero.shape != scale.shape):
-        raise ValueError("zero has the shape of scale, and needs one")
+    kept = outputs, inputs // m * n
+    if len({bits is None, scale is None, hasattr(values, "shape")}) > 1:
+        raise ValueError("planes, bits and scale go together: packed codes have all")
+    if zero is not None and scale is None:
+        raise ValueError("zero without a scale; accepted: both, or neither")
+    if bits is None and values.shape != kept:
+        raise ValueError(f"values {values.shape}; accepted: {kept}")
+    if bits is not None and check_planes(values, kept[1], bits) != outputs:
+        raise ValueError(f"values of {len(values[0])} outputs, the mask of {outputs}")
+    check_blocks(outputs, inputs, block, scale=scale, zero=zero)
+    check_low_rank(low_rank, inputs, outputs)
 
 
 def nm_matmul(
@@ -54,7 +58,7 @@ def nm_matmul(
     ``quantized_matmul`` (sparse, low-bit and low-rank: SLiM, arXiv:2410.09615). Sums
     are float32; the result has the dtype of ``x``.
     """
-    check(x, mask, values, scale, zero, n, m, bits, block)
+    check(x, mask, values, scale, zero, low_rank, n, m, bits, block)
     inputs = x.shape[-1]
     kept = inputs // m * n
     flags = unpack((mask,), 1, inputs).astype(bool)
@@ -62,14 +66,9 @@ def nm_matmul(
     place = jnp.clip(jnp.cumsum(flags, -1) - 1, 0, kept - 1)
     w = jnp.take_along_axis(stored, place, -1).astype(jnp.float32)
     if scale is not None:
-        middle = 2.0 ** (bits - 1) if zero is None else _spread(zero, block, inputs)
-        w = (w - middle) * _spread(scale, block, inputs)
+        wide = lambda a: spread(a.astype(jnp.float32), block, inputs)  # noqa: E731
+        middle = 2.0 ** (bits - 1) if zero is None else wide(zero)
+        w = (w - middle) * wide(scale)
     w = jnp.where(flags, w, 0)
     y = jnp.einsum("...k,nk->...n", x.astype(jnp.float32), w)
     return (y + corrected(x, low_rank)).astype(x.dtype)
-
-
-def _spread(per_block, block: int | None, inputs: int):
-    """One float32 value per input from one per block."""
-    wide = per_block.astype(jnp.float32)
-    return wide if block is None else jnp.repeat(wide, block, 1)[:, :inputs]

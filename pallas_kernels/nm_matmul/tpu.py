@@ -62,7 +62,7 @@ def nm_matmul(
     tuning: Tuning | None = None,
 ):
     """``reference.nm_matmul`` for m of 4 or 8 and at most 256 rows."""
-    check(x, mask, values, scale, zero, n, m, bits, block)
+    check(x, mask, values, scale, zero, low_rank, n, m, bits, block)
     layout = Layout(n, m, bits, block, low_rank is not None)
     lead, inputs = x.shape[:-1], x.shape[-1]
     x2 = x.reshape(-1, inputs)

@@ -18,7 +18,7 @@ from pallas_kernels.hopper import LANES
 from pallas_kernels.hopper_plan import Stream, Tuning
 from pallas_kernels.hopper_ring import Place, Product, Ring
 from pallas_kernels.plane_matmul.gpu_trits import trit_matmul
-from pallas_kernels.plane_matmul.reference import block_sums, places
+from pallas_kernels.plane_matmul.reference import block_sums, check, places
 from pallas_kernels.quantized_matmul import fragments, gpu_plan
 
 __all__ = ["Tuning", "default_tuning", "plane_matmul"]
@@ -67,6 +67,7 @@ def plane_matmul(
     ``quantized_matmul``, and for trits as in ``gpu_trits``.
     """
     hopper.require(interpret)
+    check(x, planes, scales, bias, kind, block)
     _, held = places(kind)
     inputs, outputs = x.shape[-1], len(planes[0])
     if not x.size:

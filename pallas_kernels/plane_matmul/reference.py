@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int8, UInt8
 
-from pallas_kernels.planes import Planes
+from pallas_kernels.annotations import Array, Float, Int8, UInt8
+from pallas_kernels.planes import Planes, check_blocks, check_bytes
 from pallas_kernels.quantized_matmul.reference import spread
 
 Scales = tuple[Float[Array, "out blocks"], ...]
@@ -22,6 +22,16 @@ def places(kind: str) -> tuple[int, int]:
     return PLACES[kind]
 
 
+def check(x, planes, scales, bias, kind: str, block: int | None) -> None:
+    """ValueError names the argument that does not fit the others."""
+    (_, held), inputs, outputs = places(kind), x.shape[-1], len(planes[0])
+    if len(planes) != len(scales):
+        raise ValueError(f"{len(planes)} planes and {len(scales)} scales")
+    check_bytes(planes, [(outputs, -(-inputs // held))] * len(planes))
+    each = {f"scales[{i}]": scale for i, scale in enumerate(scales)}
+    check_blocks(outputs, inputs, block, **each, bias=bias)
+
+
 def pack(values: Int8[Array, "out in"], kind: str) -> UInt8[Array, "out _"]:
     """Bytes of signs (-1 -> 0, +1 -> 1), of trits in two bits (two's complement), or
     of five trits (-1 -> 0, 0 -> 1, 1 -> 2, base three)."""
@@ -29,7 +39,7 @@ def pack(values: Int8[Array, "out in"], kind: str) -> UInt8[Array, "out _"]:
     short = -values.shape[-1] % count
     codes = {"binary": values > 0, "ternary": values & 3, "trits": values + 1}[kind]
     codes = jnp.pad(codes.astype(jnp.uint8), ((0, 0), (0, short)))
-    codes = codes.reshape(len(values), -1, count)
+    codes = codes.reshape(len(values), codes.shape[-1] // count, count)
     return (codes * _powers(base, count)).sum(-1, dtype=jnp.uint8)
 
 
@@ -39,7 +49,8 @@ def unpack(
     """Signs or trits of the first ``count`` inputs."""
     base, held = places(kind)
     codes = plane[..., None] // _powers(base, held) % jnp.uint8(base)
-    codes = codes.reshape(len(plane), -1)[:, :count].astype(jnp.int8)
+    codes = codes.reshape(len(plane), plane.shape[-1] * held)
+    codes = codes[:, :count].astype(jnp.int8)
     if kind == "binary":
         return 2 * codes - 1
     if kind == "trits":
@@ -53,7 +64,7 @@ def block_sums(
     """float32 sums of x over blocks of inputs, the last of which may be short."""
     short = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)]
     filled = jnp.pad(x.astype(jnp.float32), short)
-    return filled.reshape(*x.shape[:-1], -1, size).sum(-1)
+    return filled.reshape(*x.shape[:-1], filled.shape[-1] // size, size).sum(-1)
 
 
 def _powers(base: int, count: int) -> UInt8[Array, "1 1 places"]:
@@ -79,8 +90,7 @@ def plane_matmul(
     have none. Input k is in block b = k / ``block`` (None: one block). Returns the
     dtype of ``x``; sums are float32.
     """
-    if len(planes) != len(scales):
-        raise ValueError(f"{len(planes)} planes and {len(scales)} scales")
+    check(x, planes, scales, bias, kind, block)
     count = x.shape[-1]
     w = jnp.zeros((), jnp.float32)
     for plane, scale in zip(planes, scales, strict=True):

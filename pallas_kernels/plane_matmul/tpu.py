@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pallas_kernels.plane_matmul.reference import places
+from pallas_kernels.plane_matmul.reference import check
 from pallas_kernels.plane_matmul.tpu_trits import trit_matmul
 from pallas_kernels.quantized_matmul.tpu_planes import Reading, Tuning
 from pallas_kernels.quantized_matmul.tpu_product import product
@@ -27,7 +27,7 @@ def plane_matmul(
     interpret: bool = False,
 ):
     """The reference's meaning; the bias acts on the sums of x over each block."""
-    places(kind)  # refuses an unknown kind
+    check(x, planes, scales, bias, kind, block)
     if kind == "trits":
         return trit_matmul(x, planes, scales, bias, block=block, interpret=interpret)
     return product(

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8
 
-from pallas_kernels.planes import Planes, parts, unpack
+from pallas_kernels.annotations import Array, Float, Int8
+from pallas_kernels.planes import Planes, check_planes, unpack
 
 
 def check(x_codes, planes, x_scale, w_scale, bits: int) -> None:
     """ValueError names the argument that does not fit the others."""
-    inputs, outputs = x_codes.shape[-1], len(planes[0])
+    outputs = check_planes(planes, x_codes.shape[-1], bits)
     if x_codes.dtype != jnp.int8:
         raise ValueError(f"x_codes of {x_codes.dtype}; accepted: int8")
-    widths = parts(bits)
-    shapes = [(outputs, -(-inputs * part // 8)) for part in widths]
-    if [plane.shape for plane in planes] != shapes:
-        raise ValueError(f"planes {[p.shape for p in planes]}; accepted: {shapes}")
     if x_scale.shape != (*x_codes.shape[:-1], 1):
         raise ValueError(f"x_scale {x_scale.shape} for codes {x_codes.shape}")
     if w_scale.shape != (outputs, 1):

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array, lax
 
 from pallas_kernels.planes import parts, spans
-from pallas_kernels.quantized_matmul.reference import corrected
+from pallas_kernels.quantized_matmul.reference import check, corrected
 
 LANES = 8  # bytes side by side: one vector of floats
 VECTORS, TERMS = 32, 64  # of bytes, and of codes, that one pass adds up at most
@@ -41,6 +41,7 @@ def quantized_matmul(
 ):
     """The reference's meaning in loops; NotImplementedError where those do not win."""
     del interpret  # nothing here is interpreted
+    check(x, planes, scale, zero, low_rank, bits, block, levels)
     outputs, inputs = len(planes[0]), x.shape[-1]
     if levels is not None:
         raise NotImplementedError("tables gain nothing from blocks")

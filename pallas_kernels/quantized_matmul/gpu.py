@@ -30,6 +30,7 @@ from pallas_kernels.quantized_matmul.gpu_plan import (
     refuse,
     tuned,
 )
+from pallas_kernels.quantized_matmul.reference import check
 
 __all__ = ["Tuning", "default_tuning", "quantized_matmul"]
 
@@ -58,6 +59,7 @@ def quantized_matmul(
     bytes, or outputs to 64.
     """
     hopper.require(interpret)
+    check(x, planes, scale, zero, low_rank, bits, block, levels)
     lead, inputs = x.shape[:-1], x.shape[-1]
     outputs, narrow = len(planes[0]), x.dtype == jnp.bfloat16
     if not x.size:

@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from pallas_kernels.planes import Planes, unpack
+from pallas_kernels.annotations import Array, Float
+from pallas_kernels.planes import Planes, check_blocks, check_planes, unpack
 
 LowRank = tuple[Float[Array, "in rank"], Float[Array, "rank out"]]
+
+
+def check(x, planes, scale, zero, low_rank, bits: int, block, levels) -> None:
+    """ValueError names the argument that does not fit the others."""
+    inputs = x.shape[-1]
+    outputs = check_planes(planes, inputs, bits)
+    check_blocks(outputs, inputs, block, scale=scale, zero=zero)
+    check_low_rank(low_rank, inputs, outputs)
+    if levels is not None and (len(levels) - 1).bit_length() != bits:
+        raise ValueError(
+            f"{len(levels)} levels for codes of {bits} bits; accepted: "
+            f"{2 ** (bits - 1) + 1} to {2**bits}"
+        )
+    if levels is not None and zero is not None:
+        raise ValueError("levels and zero; accepted: one of them, or neither")
+
+
+def check_low_rank(low_rank, inputs: int, outputs: int) -> None:
+    """ValueError where L [in, rank] and R [rank, out] do not fit a weight."""
+    if low_rank is None:
+        return
+    left, right = (a.shape for a in low_rank)
+    if (left[:1], right[1:]) != ((inputs,), (outputs,)) or left[1:] != right[:1]:
+        raise ValueError(
+            f"low_rank {left} and {right}; accepted: {(inputs, 'rank')} and "
+            f"{('rank', outputs)}"
+        )
 
 
 def spread(per_block, block: int | None, count: int) -> Float[Array, "out in"]:
@@ -46,10 +73,11 @@ def quantized_matmul(
     ``planes`` are the codes of W^T, ``in`` packed in the minor axis (1 to 8 bits).
     Without ``zero`` codes are centred on ``offset`` (default 2^(bits-1)); with
     ``levels`` they index that ascending table instead. ``block`` inputs share a scale
-    (None: all). ``low_rank`` (L, R) adds x L R: an adapter (LoRA, arXiv:2106.09685) or
-    a correction of the error (LQER, arXiv:2402.02446). Returns the dtype of ``x``; sums
-    are float32.
+    (None: all), the last block may be short. ``low_rank`` (L, R) adds x L R: an adapter
+    (LoRA, arXiv:2106.09685) or a correction of the error (LQER, arXiv:2402.02446).
+    Returns the dtype of ``x``; sums are float32.
     """
+    check(x, planes, scale, zero, low_rank, bits, block, levels)
     count = x.shape[-1]
     w = dequantize(
         planes,

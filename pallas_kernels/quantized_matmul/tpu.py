@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pallas_kernels.planes import spans
+from pallas_kernels.quantized_matmul.reference import check
 from pallas_kernels.quantized_matmul.tpu_planes import Reading, Tuning
 from pallas_kernels.quantized_matmul.tpu_product import product
 
@@ -39,6 +40,7 @@ def quantized_matmul(
     The zero point acts on the sums of x over each block, in float32: it costs a
     product with [blocks, out] instead of a subtraction per weight.
     """
+    check(x, planes, scale, zero, low_rank, bits, block, levels)
     middle = 2 ** (bits - 1)
     shift = None
     if levels is None and zero is not None:

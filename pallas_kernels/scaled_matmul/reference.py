@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+
+from pallas_kernels.annotations import Array, Float, Shaped
+from pallas_kernels.planes import check_blocks
 
 LONGEST = 2**31 // 128**2  # inputs that int32 sums of int8 products can hold
 
@@ -20,12 +22,8 @@ def check(x_codes, w_codes, x_scale, w_scale, block: int | None) -> int:
         raise ValueError(f"{inputs} inputs overflow int32; accepted: below {LONGEST}")
     if x_scale.shape != (*x_codes.shape[:-1], 1):
         raise ValueError(f"x_scale {x_scale.shape} for codes {x_codes.shape}")
-    width = inputs if block is None else block
-    if w_scale.shape != (len(w_codes), -(-inputs // width)):
-        raise ValueError(
-            f"w_scale {w_scale.shape} for codes {w_codes.shape} in blocks of {width}"
-        )
-    return width
+    check_blocks(len(w_codes), inputs, block, w_scale=w_scale)
+    return max(1, inputs if block is None else min(block, inputs))
 
 
 def scaled_matmul(
@@ -54,7 +52,8 @@ def scaled_matmul(
         scale = jax.lax.dynamic_slice_in_dim(w_scale, b, 1, -1)
         return y + _product(here(x_codes), here(w_codes)) * scale[:, 0]
 
-    y = jax.lax.fori_loop(0, whole, add, y)
+    if whole:
+        y = jax.lax.fori_loop(0, whole, add, y)
     if inputs % width:
         rest = whole * width
         last = _product(x_codes[..., rest:], w_codes[:, rest:])

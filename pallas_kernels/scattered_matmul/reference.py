@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
+from pallas_kernels.annotations import Array, Float
 from pallas_kernels.scattered_matmul.segments import (
     GROUP,
     SLOTS,
@@ -36,22 +38,24 @@ def scattered_matmul(
 ) -> Float[Array, "*batch out"]:
     """y[r, o] = sum over the entries (i, o, v) of x[r, i] v.
 
-    Products and prefix sums are float32, the result has the dtype of ``x``. Outliers
-    beside packed weights are such a matrix (SpQR, arXiv:2306.03078; SqueezeLLM,
-    arXiv:2306.07629).
+    Products and prefix sums are float32, the result has the dtype of ``x``, which has
+    the inputs of the packed matrix: segments do not tell how many, and what they list
+    beyond the width of ``x`` is undefined. Outliers beside packed weights are such a
+    matrix (SpQR, arXiv:2306.03078; SqueezeLLM, arXiv:2306.07629).
     """
     check(x, segments, outputs)
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    shape = math.prod(x.shape[:-1]), x.shape[-1]
+    rows = x.reshape(shape).astype(jnp.float32)
     if len(rows) > FEW:
-        y = rows @ unpack(segments, (rows.shape[1], outputs)).astype(jnp.float32)
+        y = rows @ unpack(segments, (shape[1], outputs)).astype(jnp.float32)
         return y.astype(x.dtype).reshape(*x.shape[:-1], outputs)
     window = segments.window.astype(jnp.int32)[:, None]
     source = window * WINDOW + segments.place.astype(jnp.int32)
-    source = jnp.minimum(source, x.shape[-1] - 1)  # of free slots
     stripes = -(-outputs // STRIPE)
 
     def multiply(row):
-        sums = jnp.cumsum(row[source] * segments.value.astype(jnp.float32), 1)
+        found = row.at[source].get(mode="fill", fill_value=0)  # free slots anywhere
+        sums = jnp.cumsum(found * segments.value.astype(jnp.float32), 1)
         sums = jnp.pad(sums, ((0, 0), (1, 0)))
         whole = jnp.take_along_axis(sums, segments.end.astype(jnp.int32), 1)
         whole = whole.reshape(-1, GROUP, STRIPE).sum(1)

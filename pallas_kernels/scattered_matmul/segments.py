@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, UInt8, UInt16
+
+from pallas_kernels.annotations import Array, Bool, Float, UInt8, UInt16
 
 STRIPE = 128  # outputs
 WINDOW = 256  # inputs: a place in it is a byte

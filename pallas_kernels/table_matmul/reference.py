@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from pallas_kernels.planes import Planes, parts, unpack
+from pallas_kernels.annotations import Array, Float
+from pallas_kernels.planes import Planes, block_count, check_planes, unpack
 
 
 def check(x, planes, table, bits: int, block: int | None) -> None:
     """ValueError names the argument that does not fit the others."""
-    inputs, outputs = x.shape[-1], len(planes[0])
-    shapes = [(outputs, -(-inputs * part // 8)) for part in parts(bits)]
-    if [plane.shape for plane in planes] != shapes:
-        raise ValueError(f"planes {[p.shape for p in planes]}; accepted: {shapes}")
-    blocks = 1 if block is None else -(-inputs // block)
-    if table.shape[:2] != (outputs, blocks) or table.shape[2] > 2**bits:
+    inputs = x.shape[-1]
+    outputs, blocks = check_planes(planes, inputs, bits), block_count(inputs, block)
+    if table.shape[:-1] != (outputs, blocks) or table.shape[-1] > 2**bits:
         raise ValueError(
             f"table {table.shape}; accepted: {(outputs, blocks)} and up to {2**bits} "
             "entries"
@@ -45,5 +42,5 @@ def table_matmul(
     short = table.shape[1] * size - inputs
     codes = jnp.pad(codes, ((0, 0), (0, short))).reshape(*table.shape[:2], size)
     w = jnp.take_along_axis(table, codes, -1).astype(jnp.float32)
-    w = w.reshape(len(w), -1)[:, :inputs]
+    w = w.reshape(len(w), table.shape[1] * size)[:, :inputs]
     return jnp.einsum("...k,nk->...n", x.astype(jnp.float32), w).astype(x.dtype)

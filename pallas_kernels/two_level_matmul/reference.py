@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int8, UInt8
 
-from pallas_kernels.planes import Planes, unpack
+from pallas_kernels.annotations import Array, Float, Int, Int8, UInt8
+from pallas_kernels.planes import Planes, check_blocks, check_planes, unpack
 
 
 def check(x_codes, planes, group_scale, group_zero, x_scale, w_scale, bits, block):
     """ValueError names the argument that does not fit the others."""
-    inputs, outputs = x_codes.shape[-1], len(planes[0])
+    inputs = x_codes.shape[-1]
+    outputs = check_planes(planes, inputs, bits)
     if x_codes.dtype != jnp.int8:
         raise ValueError(f"x_codes of {x_codes.dtype}; accepted: int8")
-    if group_scale.shape != (outputs, -(-inputs // block)):
-        raise ValueError(
-            f"group_scale {group_scale.shape} for {outputs} outputs and {inputs} "
-            f"inputs in groups of {block}"
-        )
-    if group_zero is not None and group_zero.shape != group_scale.shape:
-        raise ValueError(f"group_zero {group_zero.shape} beside {group_scale.shape}")
+    grid = {"group_scale": group_scale, "group_zero": group_zero}
+    check_blocks(outputs, inputs, block, **grid)
     if x_scale.shape != (*x_codes.shape[:-1], 1):
         raise ValueError(f"x_scale {x_scale.shape} for codes {x_codes.shape}")
     if w_scale.shape != (outputs, 1):
         raise ValueError(f"w_scale {w_scale.shape}; accepted: ({outputs}, 1)")
-    if bits > 7:
-        raise ValueError(f"codes of {bits} bits; accepted: 1 to 7")
+    if bits > 7 or block is None:
+        raise ValueError(
+            f"codes of {bits} bits in groups of {block}; accepted: 1 to 7 bits and "
+            "groups of at least 1"
+        )
 
 
 def two_level_matmul(

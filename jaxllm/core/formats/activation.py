@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from jaxllm.core.arrays import Leaf, as_stored, straight_through, to_rank
+from jaxllm.core.arrays import Leaf, as_stored, static, straight_through, to_rank
 from jaxllm.core.formats.base import TINY, Integer, Levels
 from jaxllm.core.packing import pack, unpack
 
@@ -17,11 +17,12 @@ from jaxllm.core.packing import pack, unpack
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Packed codes of activations with their scale and zero point (or None)."""
+    """Packed codes of ``width`` activations, their scale and zero point (or None)."""
 
     codes: Leaf[tuple[Array, ...]]
     scale: Leaf[Array]
     zero: Leaf[Array | None]
+    width: int = static()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ class ActivationFormat:
         """[..., blocks, block], a short last block filled with zeros."""
         size = self.block or x.shape[-1]
         sides = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)]
-        return jnp.pad(x.astype(jnp.float32), sides).reshape(*x.shape[:-1], -1, size)
+        return jnp.pad(x, sides).reshape(*x.shape[:-1], -1, size)
 
     def fixed(
         self, x: Float[Array, "... width"], scale: Float[Array, "blocks"], zero=None
@@ -73,7 +74,7 @@ class ActivationFormat:
         rounding straight, so that scale and zero point have those of s round(x / s)
         within the range and those of its ends beyond (arXiv:1902.08153, eq. 3).
         """
-        blocks = self._blocks(x)
+        blocks = self._blocks(x.astype(jnp.float32))
         scale = to_rank(scale.astype(jnp.float32)[:, None], blocks.ndim)
         if zero is not None:
             zero = to_rank(zero.astype(jnp.float32)[:, None], blocks.ndim)
@@ -97,7 +98,7 @@ class ActivationFormat:
         """Signed codes of ``x`` as ``fixed`` uses them."""
         if not self.integral:
             raise ValueError(f"{self} is no symmetric integer format")
-        blocks = self._blocks(x)
+        blocks = self._blocks(x.astype(jnp.float32))
         scale = to_rank(scale.astype(jnp.float32)[:, None], blocks.ndim)
         return self._signed(blocks / scale, x.shape[-1])
 
@@ -107,7 +108,7 @@ class ActivationFormat:
         return _joined((codes - 2 ** (self.bits - 1)).astype(jnp.int8), width)
 
     def _grid(self, x):
-        blocks = self._blocks(x)
+        blocks = self._blocks(x.astype(jnp.float32))
         if self.symmetric:
             peak = jnp.abs(blocks).max(-1, keepdims=True) * self.clip
             return blocks, jnp.maximum(peak / self.format.largest, TINY), None
@@ -122,20 +123,18 @@ class ActivationFormat:
         stored = scale.astype(jnp.bfloat16)
         codes = self.format.encode(blocks / stored.astype(jnp.float32), zero)
         zero = None if zero is None else zero[..., 0].astype(jnp.uint8)
-        codes = _joined(codes, x.shape[-1])
-        return Encoded(pack(codes, self.bits), stored[..., 0], zero)
+        width = x.shape[-1]
+        codes = pack(_joined(codes, width), self.bits)
+        return Encoded(codes, stored[..., 0], zero, width)
 
     def decode(self, encoded: Encoded) -> Float[Array, "... width"]:
-        width = sum(p.shape[-1] for p in encoded.codes[:1]) * 8
-        width //= 1 << (self.bits.bit_length() - 1)
-        codes = unpack(encoded.codes, self.bits, width)
-        blocks = codes.reshape(*codes.shape[:-1], encoded.scale.shape[-1], -1)
+        """The float32 values that ``round`` gives."""
+        codes = unpack(encoded.codes, self.bits, encoded.width)
         zero = encoded.zero
         zero = None if zero is None else zero[..., None].astype(jnp.float32)
-        values = self.format.decode(blocks, zero)
-        return (values * encoded.scale[..., None].astype(jnp.float32)).reshape(
-            codes.shape
-        )
+        values = self.format.decode(self._blocks(codes), zero)
+        scale = encoded.scale[..., None].astype(jnp.float32)
+        return _joined(values * scale, encoded.width)
 
     def round(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
         """The nearest representable values, without packing; same dtype."""

@@ -35,6 +35,7 @@ def normal_float(bits: int) -> Levels:
     zero, scaled to [-1, 1]; the tail offset is that of the paper's code for any bits:
     the mean of 1 - 1/(2 2^b - 2) and 1 - 1/(2 2^b).
     """
+    _check_bits(bits, 2)
     count = 2 ** (bits - 1)
     tail = 1 - (1 / (4 * count - 2) + 1 / (4 * count)) / 2
     quantile = NormalDist().inv_cdf

@@ -20,4 +20,4 @@ def asvd(ratio: float | None = 0.8, rank: int | None = None, alpha: float = 0.5)
     Every weight keeps the share ``ratio`` of its parameters; the paper searches ranks
     per layer by perplexity on the calibration data.
     """
-    return compress(truncate(rank, None if rank else ratio, absolute(alpha)))
+    return compress(truncate(rank, ratio if rank is None else None, absolute(alpha)))

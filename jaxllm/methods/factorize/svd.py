@@ -14,4 +14,4 @@ card = Card(
 @transform
 def svd(ratio: float | None = 0.8, rank: int | None = None):
     """W = U_r S_r VrT; ``ratio`` is the share of parameters that the factors keep."""
-    return compress(truncate(rank, None if rank else ratio))
+    return compress(truncate(rank, ratio if rank is None else None))

@@ -27,4 +27,4 @@ def svd_llm(ratio: float | None = 0.8, rank: int | None = None, damping: float =
     of the already compressed prefix. The paper then tunes the two factors in turn by
     LoRA (section 3.2); that is not here.
     """
-    return compress(truncate(rank, None if rank else ratio, gram(damping)))
+    return compress(truncate(rank, ratio if rank is None else None, gram(damping)))

@@ -9,7 +9,7 @@ card = Card(
     "VPTQ",
     paper="arXiv:2409.17066",
     claims=(
-        Claim("vptq(2, 6)", "rtn(bits=3, group_size=None)"),
+        Claim("vptq(2, 6)", "rtn(bits=3)"),
         Claim("vptq(4, 8)", "gptvq(4, 8)"),
     ),
     composes="after rescaling or rotation; not after pruning",

@@ -3,7 +3,8 @@
 pack-quantized: ``weight_packed`` is a stream of bits along the inputs [out, words],
 ``weight_zero_point`` one along the outputs, ``weight_scale`` [out, groups], and
 ``weight_shape``. int-quantized: ``weight`` is int8. Each group of ``config_groups``
-has the scheme of the modules that its ``targets`` name: layers may differ.
+has the scheme of the modules that its ``targets`` name, the most specific one where
+several do: layers may differ.
 """
 
 from __future__ import annotations
@@ -125,14 +126,15 @@ class CompressedTensors(Packing):
         )
         check_settings(settings, accepted)
         groups = setting(settings, "config_groups").values()
-        found = [(_targets(group), _facts(group)) for group in groups]
+        found = {t: _facts(g) for g in groups for t in setting(g, "targets")}
 
         def scheme_for(name: str, features: int, outputs: int) -> Scheme:
-            for targets, (bits, symmetric, block, inputs) in found:
-                if any(_names(target, name) for target in targets):
-                    size = features, outputs
-                    return Scheme(bits, symmetric, block, *size, inputs=inputs)
-            raise ValueError(f"quantization_config: no group has the target {name!r}")
+            targets = sorted((t for t in found if _names(t, name)), key=_breadth)
+            if not targets:
+                message = f"quantization_config: no group has the target {name!r}"
+                raise ValueError(message)
+            bits, symmetric, block, inputs = found[targets[0]]
+            return Scheme(bits, symmetric, block, features, outputs, inputs=inputs)
 
         return scheme_for
 
@@ -176,15 +178,16 @@ def _group(s: Scheme) -> dict[str, Any]:
     return dict(weights=weights, input_activations=inputs, format=_format(s))
 
 
-def _targets(group: Mapping[str, Any]) -> list[str]:
-    return list(setting(group, "targets"))
-
-
 def _names(target: str, module: str) -> bool:
     """Whether a target (a class, a name, ``re:`` and a pattern) names a module."""
     if target.startswith("re:"):
         return re.match(target[3:], module) is not None
     return target in ("Linear", module)
+
+
+def _breadth(target: str) -> tuple:
+    """Names come before patterns and those before the class, as in the library."""
+    return target == "Linear", target.startswith("re:"), target
 
 
 def _facts(group: Mapping[str, Any]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,14 +42,30 @@ KEYS = {
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
-    "attention.value_length": "head_dim",
-    "rope.dimension_count": "head_dim",
     "rope.freq_base": "rope_theta",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "vocab_size": "vocab_size",
 }
 SCALING, FACTOR = "rope.scaling.type", "rope.scaling.factor"
-OPTIONAL = ("attention.key_length", "attention.value_length", "vocab_size")
+OLD_FACTOR = "rope.scale_linear"
+# What else is the size of a head; of values, and how many channels are turned.
+HEAD_SIZES = ("attention.value_length", "rope.dimension_count")
+OPTIONAL = (
+    "attention.head_count_kv",
+    "attention.key_length",
+    "rope.freq_base",
+    "vocab_size",
+)
+# Read here, or not used by llama.cpp with what is accepted here.
+READ = {*KEYS, *HEAD_SIZES, SCALING, FACTOR, OLD_FACTOR} | {
+    "attention.layer_norm_epsilon",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+}
+# Other keys of these names could change the function, but not where they are 0 (some
+# scales: 1), or these values.
+TELLING = re.compile(r"(attention|rope)\..*|expert_.*|.*_scale")
+NEUTRAL = {"attention.causal": (True,), "rope.scaling.attn_factor": (1.0,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +105,7 @@ def write_metadata(config: Transformer) -> dict[str, Any]:
         if key in ("rope.freq_base", "attention.layer_norm_rms_epsilon"):
             value = float(value)
         out[f"{name}.{key}"] = value
+    out |= {f"{name}.{key}": raw["head_dim"] for key in HEAD_SIZES}
     scaling = raw.get("rope_scaling") or {}
     if scaling.get("rope_type") == "linear":
         out[f"{name}.{SCALING}"] = "linear"
@@ -101,7 +119,9 @@ def read_metadata(
 ) -> Transformer:
     """The architecture of a file; what its tensors are says the rest (ties, biases).
 
-    Raises ``ValueError`` for an architecture, or a rotary embedding, that is not
+    As in llama.cpp a head has width / heads channels where no key says how many.
+
+    Raises ``ValueError`` for an architecture, a rotary embedding or a key that is not
     supported, and for a missing key.
     """
     name = metadata.get("general.architecture")
@@ -109,29 +129,56 @@ def read_metadata(
     if found is None:
         some = ", ".join(sorted({a.name for a in ARCHITECTURES.values()}))
         raise ValueError(f"gguf architecture {name!r}; accepted: {some}")
-    raw: dict[str, Any] = {"model_type": found.family}
-    for key, theirs in KEYS.items():
-        full = f"{name}.{key}"
-        if full in metadata:
-            value = metadata[full]
-            raw[theirs] = _shortest(value) if isinstance(value, float) else value
-        elif key not in OPTIONAL:
-            raise ValueError(f"gguf metadata lacks {full!r}")
+    own = {
+        key.removeprefix(f"{name}."): _shortest(v) if isinstance(v, float) else v
+        for key, v in metadata.items()
+        if key.startswith(f"{name}.")
+    }
+    _check_keys(own, name)
+    raw: dict[str, Any] = {"model_type": found.family, "head_dim": None}
+    raw |= {theirs: own[key] for key, theirs in KEYS.items() if key in own}
     if "vocab_size" not in raw:
         raw["vocab_size"] = len(metadata.get("tokenizer.ggml.tokens", ()))
-    kind = metadata.get(f"{name}.{SCALING}", "none")
-    if kind not in ("none", "linear") or "rope_freqs.weight" in tensors:
-        what = "rope_freqs" if kind in ("none", "linear") else kind
-        raise ValueError(f"gguf rope scaling {what!r}; accepted: 'none', 'linear'")
-    if kind == "linear":
-        factor = _shortest(metadata[f"{name}.{FACTOR}"])
-        raw["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    raw["rope_scaling"] = _read_scaling(own, tensors)
     raw["tie_word_embeddings"] = "output.weight" not in tensors
     if found.family in ("llama", "qwen3"):
         raw["attention_bias"] = "blk.0.attn_output.bias" in tensors
     if found.family == "llama":
         raw["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
-    return read_config_data(raw, dtype)
+    config = read_config_data(raw, dtype)
+    _check_head(own, name, config.layers[0].attention.head_dim)
+    return config
+
+
+def _check_keys(own: Mapping[str, Any], name: str) -> None:
+    """Refuse a file that lacks a key, or has one that could change the function."""
+    for key in KEYS:
+        if key not in own and key not in OPTIONAL:
+            full = f"{name}.{key}"
+            raise ValueError(f"gguf metadata lacks {full!r}")
+    for key in sorted(own.keys() - READ):
+        neutral = NEUTRAL.get(key, (0, 1) if key.endswith("_scale") else (0,))
+        if TELLING.fullmatch(key) and own[key] not in neutral:
+            full, some = f"{name}.{key}", " or ".join(map(repr, neutral))
+            raise ValueError(f"gguf key {full!r} = {own[key]!r}; accepted: {some}")
+
+
+def _read_scaling(own: Mapping[str, Any], tensors: frozenset[str]) -> dict | None:
+    """``rope_scaling`` of a file's keys; without a type a factor is linear."""
+    kind, factor = own.get(SCALING, "linear"), own.get(FACTOR, own.get(OLD_FACTOR))
+    if kind not in ("none", "linear") or "rope_freqs.weight" in tensors:
+        what = "rope_freqs" if kind in ("none", "linear") else kind
+        raise ValueError(f"gguf rope scaling {what!r}; accepted: 'none', 'linear'")
+    linear = kind == "linear" and factor
+    return {"rope_type": "linear", "factor": factor} if linear else None
+
+
+def _check_head(own: Mapping[str, Any], name: str, dim: int) -> None:
+    """Refuse values of another size than keys, and a head that is turned in part."""
+    for key in HEAD_SIZES:
+        if own.get(key, dim) != dim:
+            full = f"{name}.{key}"
+            raise ValueError(f"gguf key {full!r} = {own[key]}; accepted: {dim}")
 
 
 def _features(config: Transformer) -> frozenset[str]:

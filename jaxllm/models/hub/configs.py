@@ -108,7 +108,8 @@ def _check_architectures(names, family: Family) -> None:
 
 def _check_required(raw: dict, family: Family) -> None:
     """Refuse values that change the function; drop the keys that passed."""
-    for key, accepted in (COMMON_REQUIRES | dict(family.requires)).items():
+    rules = COMMON_REQUIRES | dict(family.requires) | dict(family.neutral)
+    for key, accepted in rules.items():
         if key in raw and (value := raw.pop(key)) not in accepted and value is not None:
             some = " or ".join(map(repr, accepted))
             raise ValueError(f"config key {key!r} = {value!r}; accepted: {some}")
@@ -120,7 +121,7 @@ def _read_keys(raw: dict, family: Family) -> dict[str, Any]:
         if key not in raw and key not in family.defaults:
             raise ValueError(f"config key {key!r} is missing")
         value = raw.pop(key, family.defaults.get(key))
-        if value is None and fields == "activation":
+        if value is None and fields in ("activation", "init_std"):
             value = family.defaults[key]
         for field in fields.split():
             found = _decode(field, key, value)

@@ -2,8 +2,8 @@
 
 ``keys`` maps a key to a field of ``Blueprint``; ``defaults`` is what an absent key
 means; ``facts`` are the fields that the family fixes; ``requires`` lists keys with the
-only values that are supported (the first is written at export); ``alternatives`` are
-other spellings of a key.
+only values that are supported (the first is written at export), ``neutral`` those that
+export leaves out; ``alternatives`` are other spellings of a key.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from jaxllm.models.hub import names
 
 @dataclasses.dataclass(frozen=True)
 class RopeKeys:
-    """Names and defaults of the rotary embedding's keys outside ``rope_scaling``."""
+    """Names and defaults of the rotary embedding's keys outside ``rope_scaling``.
+
+    ``partial``: the family can turn a fraction of each head; others ignore the key.
+    """
 
     theta: str = "rope_theta"
     default_theta: float = 10000.0
     fraction: str = "partial_rotary_factor"
     default_fraction: float = 1.0
+    partial: bool = False
     local_theta: str | None = None
     default_local_theta: float = 10000.0
 
@@ -37,6 +41,7 @@ class Family:
     defaults: Mapping[str, Any]
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     requires: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+    neutral: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
     alternatives: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rope: RopeKeys | None = RopeKeys()
     windows: Callable[[dict, int], bool] | None = None
@@ -49,14 +54,14 @@ class Family:
 IRRELEVANT = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
-    _name_or_path _commit_hash attention_dropout attn_pdrop
+    _name_or_path _commit_hash activation_dropout attention_dropout attn_pdrop
     auto_map bad_words_ids begin_suppress_tokens bos_token_id boi_token_index
     cache_implementation chunk_size_feed_forward classifier_dropout
     cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample
     dropout dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id
     eoi_token_index exponential_decay_length_penalty finetuning_task
     forced_bos_token_id forced_eos_token_id hidden_dropout hidden_dropout_prob id2label
-    image_token_index initializer_range is_decoder is_llama_config label2id layerdrop
+    image_token_index is_decoder is_llama_config label2id layerdrop
     length_penalty max_length max_sequence_length min_length n_ctx no_repeat_ngram_size
     num_beam_groups num_beams num_return_sequences output_attentions
     output_hidden_states output_router_logits output_scores pad_token_id prefix
@@ -77,6 +82,7 @@ COMMON_REQUIRES = {
     "pruned_heads": ({},),
     "rope_interleaved": (False,),
     "tie_encoder_decoder": (False,),
+    "use_mrope": (False,),
 }
 
 SIZES = {
@@ -128,6 +134,12 @@ LAYER_NORM = dict(norm="layer", gated=False, mlp_bias=True)
 
 
 def everywhere(raw: dict, layer: int) -> bool:
+    """Every layer; readers disagree about a count of layers before the window."""
+    if raw.get("max_window_layers"):
+        raise ValueError(
+            f"config key 'max_window_layers' = {raw['max_window_layers']!r} with a "
+            "sliding window; accepted: 0"
+        )
     return True
 
 
@@ -231,6 +243,14 @@ FAMILIES: dict[str, Family] = {
         names.PHI3,
         {k: v for k, v in COMMON.items() if k != "head_dim"},
         DEFAULTS | {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+        neutral={
+            "attention_bias": (False,),
+            "mlp_bias": (False,),
+            "lm_head_bias": (False,),
+            "full_attn_mod": (1,),
+            "interpolate_factor": (1,),
+        },
+        rope=RopeKeys(partial=True),
         windows=everywhere,
         window_keys={"sliding_window": None},
     ),
@@ -260,6 +280,7 @@ FAMILIES: dict[str, Family] = {
             "_remove_final_layer_norm": (False,),
             "layer_norm_elementwise_affine": (True,),
         },
+        alternatives={"initializer_range": "init_std"},
         rope=None,
     ),
     "gpt2": Family(
@@ -312,7 +333,7 @@ FAMILIES: dict[str, Family] = {
             "max_position_embeddings": 2048,
         },
         facts=LAYER_NORM,
-        rope=RopeKeys("rotary_emb_base", 10000.0, "rotary_pct", 0.25),
+        rope=RopeKeys("rotary_emb_base", 10000.0, "rotary_pct", 0.25, partial=True),
     ),
     "mixtral": Family(
         "MixtralForCausalLM",
@@ -376,7 +397,7 @@ FAMILIES: dict[str, Family] = {
         facts=dict(qk_norm=True),
         alternatives={"num_local_experts": "num_experts"},
         windows=everywhere,
-        window_keys=QWEN_WINDOWS,
+        window_keys=QWEN_WINDOWS | {"max_window_layers": 0},
         sparse_keys=True,
     ),
 }

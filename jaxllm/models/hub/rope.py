@@ -49,7 +49,7 @@ def read_rope(
 ) -> tuple[Rope, Rope | None]:
     """(rotary embedding, that of windowed layers or None); takes its keys from ``raw``.
 
-    Raises ``ValueError`` for a kind or a key that is not supported.
+    Raises ``ValueError`` for a kind, a key or a fraction that is not supported.
     """
     theta = float(_take(raw, keys.theta, keys.default_theta))
     local_theta = _take(raw, keys.local_theta, keys.default_local_theta)
@@ -61,7 +61,16 @@ def read_rope(
         if isinstance(value, Mapping) and kind not in LAYER_TYPES:
             some = " or ".join(map(repr, LAYER_TYPES))
             raise ValueError(f"rope_parameters has {kind!r}; accepted: {some}")
-    read = lambda part, base: _read(part, base, fraction, original, max_length)  # noqa: E731
+
+    def read(part: Mapping, base: float) -> Rope:
+        rope = _read(part, base, fraction, original, max_length)
+        if rope.fraction != 1.0 and not keys.partial:
+            raise ValueError(
+                f"config key {keys.fraction!r} = {rope.fraction}; accepted: 1.0, since "
+                "this family turns whole heads"
+            )
+        return rope
+
     if any(kind in given for kind in LAYER_TYPES):
         full = read(given.get("full_attention") or {}, theta)
         local = given.get("sliding_attention")
