@@ -135,12 +135,17 @@ def test_a_block_sees_the_inputs_that_the_changed_prefix_gives(model, batches):
 
 
 def test_a_calibration_in_which_nothing_counts_is_refused(model, batches):
-    spent = iter(batches)
-    list(spent)
     muted = [dataclasses.replace(batches[0], weights=jnp.zeros((4, 24)))]
-    for data, words in (([], "no batches"), (spent, "no batches"), (muted, "weight 0")):
-        with pytest.raises(ValueError, match=f"calibration.*{words}"):
-            methods.parse("gptq(4, group_size=8)")(model, data)
+    for spec in ("gptq(4, group_size=8)", "llm_pruner()", "squeezellm()"):
+        for data, words in (([], "no batches"), (iter(()), "no"), (muted, "weight 0")):
+            with pytest.raises(ValueError, match=f"calibration.*{words}"):
+                methods.parse(spec)(model, data)
+
+
+def test_an_iterator_of_batches_serves_several_passes(model, batches):
+    step = methods.parse("gptq(4, group_size=8)")
+    once, again = step(model, iter(batches)), step(model, batches)
+    jax.tree.map(np.testing.assert_array_equal, once.params, again.params)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxllm.core.arrays import Leaf
+from jaxllm.core.arrays import Leaf, traced
 
 
 @jax.tree_util.register_dataclass
@@ -25,6 +27,21 @@ class Batch:
     segments: Leaf[Int[Array, "batch length"] | None] = None
     positions: Leaf[Int[Array, "batch length"] | None] = None
     weights: Leaf[Float[Array, "batch length"] | None] = None
+
+
+def counted(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """``batches`` as they are, an iterator as a list: they are read more than once.
+
+    Raises:
+      ValueError: There is none, or none that has a token of weight above 0.
+    """
+    held = list(batches) if isinstance(batches, Iterator) else batches
+    shares = [batch.weights for batch in held]
+    if not shares:
+        raise ValueError("the calibration holds no batches; accepted: one or more")
+    if not any(x is None or traced(x) or np.any(x) for x in shares):
+        raise ValueError("all tokens of the calibration have weight 0: none counts")
+    return held
 
 
 def targets(

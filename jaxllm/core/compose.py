@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jaxllm.core import weights
+from jaxllm.core.batch import counted
 from jaxllm.core.formats import ActivationFormat, Log2
 from jaxllm.core.gradients import squared_gradients
 from jaxllm.core.model import Model, get, layer_key, put, select
@@ -49,7 +50,7 @@ class Transform(Expression):
     """``transform(model, calibration=None, key=None) -> Model``.
 
     Its fields are its spec; the result's history ends with it. ``calibration`` is a
-    re-iterable of ``Batch``; it is required when the transform needs statistics.
+    iterable of ``Batch``; it is required when the transform needs statistics.
     """
 
     def __call__(self, model, calibration=None, key=None, *, monitor=None) -> Model:
@@ -57,6 +58,8 @@ class Transform(Expression):
             raise ValueError(
                 f"{self!r} needs calibration data ({', '.join(self.needs)})"
             )
+        if self.needs:
+            calibration = counted(calibration)
         key = jax.random.key(0) if key is None else key
         return self.apply(model, Context(calibration, key, (), monitor))
 

@@ -124,18 +124,14 @@ def walk(
     which ``wants(path)`` is false are passed through. Without ``needs`` (or
     ``inputs``) nothing runs forward and ``batches`` is not read. ``exact`` carries the
     hidden states of the unchanged model along.
-
-    Raises ``ValueError`` where ``batches`` are read and there are none, or none that
-    has a token of weight above 0.
     """
     monitor = monitor or Monitor(progress=False)
     config, params = model.config, model.params
     forward = bool(needs) or inputs or exact
-    read = _counted(batches) if forward else []
-    states = _Hidden(config, params, read, monitor.offload)
+    states = _Hidden(config, params, batches if forward else (), monitor.offload)
     dense = None
     if exact or "drift" in needs:
-        dense = _Hidden(config, params, read, monitor.offload)
+        dense = _Hidden(config, params, batches, monitor.offload)
     blocks = config.blocks()
     last = max((i for i, (path, _) in enumerate(blocks) if wants(path)), default=-1)
     for i, (path, block) in enumerate(monitor.track(blocks, label, len(blocks))):
@@ -158,20 +154,6 @@ def walk(
         seen = Seen(states.final(config, params, needs))
         params = visit(params, config.head_path, seen)
     return model.replace(params=params)
-
-
-def _counted(batches: Iterable[Batch] | None) -> list[Batch]:
-    """The batches in a list; an empty set, or one without weight, is refused."""
-    held = list(batches or ())
-    if not held:
-        raise ValueError(
-            "the calibration holds no batches; accepted: one or more, that can be read "
-            "again and again (an iterator is spent after one pass: make it a list)"
-        )
-    shares = [batch.weights for batch in held]
-    if not any(x is None or traced(x) or np.any(x) for x in shares):
-        raise ValueError("all tokens of the calibration have weight 0: none counts")
-    return held
 
 
 def _resumed(params: Params, path: str, monitor: Monitor, make) -> Params:
