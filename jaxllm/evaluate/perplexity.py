@@ -137,7 +137,7 @@ def perplexity(
       ValueError: An unknown protocol, sizes that do not fit the model, a tokenizer of
         another vocabulary, or a text shorter than one window.
     """
-    spec = _spec(model, protocol, window, stride, limit)
+    spec = protocol_of(model, protocol, window, stride, limit)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
     if hasattr(tokenizer, "encode"):
@@ -182,7 +182,8 @@ def as_corpus(texts: str | Iterable[str] | Corpus | None) -> Corpus:
     return from_texts(held)
 
 
-def _spec(model: Model, protocol: str, window, stride, limit) -> _Spec:
+def protocol_of(model: Model, protocol: str, window, stride, limit) -> _Spec:
+    """Checked settings of ``perplexity``, defaults filled in."""
     if protocol not in PROTOCOLS:
         accepted = ", ".join(PROTOCOLS)
         raise ValueError(f"protocol is {protocol!r}, expected one of {accepted}")

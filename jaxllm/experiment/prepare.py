@@ -16,11 +16,10 @@ from jaxllm.data.calibration import Calibration, calibrate
 from jaxllm.data.corpora import Corpus, documents
 from jaxllm.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from jaxllm.evaluate import load_problems, load_questions, size
-from jaxllm.evaluate.perplexity import _spec as check_protocol
+from jaxllm.evaluate.perplexity import protocol_of
 from jaxllm.experiment import sources
 from jaxllm.experiment.schema import Experiment, transforms
-from jaxllm.generation.loop import _check as check_prompts
-from jaxllm.generation.loop import encode_prompts
+from jaxllm.generation.loop import check_lengths, encode_prompts
 from jaxllm.generation.sampling import Sampler
 
 
@@ -105,13 +104,13 @@ def _check_evaluation(config: Experiment, shapes: Model, tokenizer: Tokenizer) -
     """Refuse what ``perplexity`` and ``generate`` would refuse of the loaded model."""
     for i, p in enumerate(config.evaluate.perplexity):
         with _at(f"evaluate.perplexity.{i}"):
-            check_protocol(shapes, p.protocol, p.window, p.stride, p.limit)
+            protocol_of(shapes, p.protocol, p.window, p.stride, p.limit)
     g = config.generate
     if g is not None:
         with _at("generate"):
             Sampler.of(g.temperature, g.top_k, g.top_p)
             ids = encode_prompts(shapes, tokenizer, g.prompt)
-            check_prompts(shapes, ids, g.max_new_tokens, batch_size=1)
+            check_lengths(shapes, ids, g.max_new_tokens, batch_size=1)
 
 
 def _calibration(config: Experiment, tokenizer: Tokenizer) -> Calibration:

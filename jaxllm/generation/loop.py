@@ -122,7 +122,7 @@ def generate(
     sampler = Sampler.of(temperature, top_k, top_p, known)
     stops = check_stops(stop, tokenizer)
     ids = encode_prompts(model, tokenizer, prompts)
-    _check(model, ids, max_new_tokens, batch_size)
+    check_lengths(model, ids, max_new_tokens, batch_size)
     ends = end_ids(eos, tokenizer)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     finished: dict[int, Generation] = {}
@@ -190,7 +190,10 @@ def end_ids(eos: int | Sequence[int] | None, tokenizer: Tokenizer | None):
     return np.asarray(eos or (-1,), np.int32)
 
 
-def _check(model: Model, ids: list[list[int]], max_new_tokens: int, batch_size: int):
+def check_lengths(
+    model: Model, ids: list[list[int]], max_new_tokens: int, batch_size: int
+) -> None:
+    """ValueError for an empty or too long prompt, or nothing to generate."""
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}, expected 1 or more")

@@ -243,13 +243,8 @@ FAMILIES: dict[str, Family] = {
         names.PHI3,
         {k: v for k, v in COMMON.items() if k != "head_dim"},
         DEFAULTS | {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
-        neutral={
-            "attention_bias": (False,),
-            "mlp_bias": (False,),
-            "lm_head_bias": (False,),
-            "full_attn_mod": (1,),
-            "interpolate_factor": (1,),
-        },
+        neutral=dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias"), (False,))
+        | dict.fromkeys(("full_attn_mod", "interpolate_factor"), (1,)),
         rope=RopeKeys(partial=True),
         windows=everywhere,
         window_keys={"sliding_window": None},
