@@ -5,10 +5,20 @@ The tests check them at run time; without jaxtyping an array is just an array.
 
 from __future__ import annotations
 
-__all__ = ["Array", "Bool", "Float", "Int", "Int8", "Shaped", "UInt8", "UInt16"]
+__all__ = [
+    "Array",
+    "Bool",
+    "Float",
+    "Int",
+    "Int8",
+    "Integer",
+    "Shaped",
+    "UInt8",
+    "UInt16",
+]
 
 try:
-    from jaxtyping import Array, Bool, Float, Int, Int8, Shaped, UInt8, UInt16
+    from jaxtyping import Array, Bool, Float, Int, Int8, Integer, Shaped, UInt8, UInt16
 except ModuleNotFoundError:
     from jax import Array
 
@@ -18,4 +28,4 @@ except ModuleNotFoundError:
         def __class_getitem__(cls, _):
             return Array
 
-    Bool = Float = Int = Int8 = UInt8 = UInt16 = Shaped  # type: ignore
+    Bool = Float = Int = Int8 = Integer = UInt8 = UInt16 = Shaped  # type: ignore

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,6 +152,35 @@ class TestKernels:
         assert all(bool(jnp.isfinite(g).all()) for g in grads)
         assert not grads[0][0, 64:].any()
 
+    def test_flash_windows_that_hold_no_key(self):
+        """Queries before the first key; whole blocks of them, and a part of one."""
+        q, k, v = arrays(300, 40)
+        options = dict(causal=False, window=20)
+
+        def both(run):
+            loss = lambda *a: (jnp.sin(run(*a, **options)).sum(), run(*a, **options))  # noqa: E731
+            return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+
+        kernel = functools.partial(OPS["flash_attention"].on, "tpu", interpret=True)
+        ((_, got), slopes), ((_, want), expected) = both(kernel), both(FLASH)
+        assert not got[:, :241].any()
+        near(got, want)
+        for slope, wanted in zip(slopes, expected, strict=True):
+            near(slope, wanted, 1e-4)
+
+    def test_no_keys_give_zeros(self):
+        q, k, v = (a[:, :n] for a, n in zip(arrays(5, 5), (5, 0, 0), strict=True))
+        lists = jnp.zeros((1, 4, 1, 0), jnp.int32), jnp.zeros((1, 4, 1), jnp.int32)
+        blocks = dict(block_q=16, block_k=16)
+        with pallas_kernels.backend("tpu", interpret=True):
+            made = [
+                OPS["flash_attention"](q, k, v),
+                OPS["block_sparse_attention"](q, k, v, *lists, **blocks),
+                *OPS["decode_attention"](q[:, 0], k, v, jnp.array([3]), sums=True),
+            ]
+        assert [a.shape for a in made] == [q.shape, q.shape, (1, 4, 64), (1, 2, 0)]
+        assert not any(a.any() for a in made)
+
     @pytest.mark.parametrize(
         ("name", "case", "wanted"),
         [
@@ -184,6 +215,23 @@ class TestKernels:
         )
         assert not got[0].any()
         near(got[1], FLASH(q, k, v)[1, 0])
+
+    @pytest.mark.parametrize("platform", ["tpu", "gpu"])
+    @pytest.mark.parametrize("window", [None, 8])
+    def test_decoding_past_the_end_of_a_cache(self, platform, window):
+        """A window may hold the last slots of it, or none; lengths are any integers."""
+        op, (q, k, v) = OPS["decode_attention"], arrays(1, 96, batch=4)
+        lengths = jnp.array([100, 104, 255, 3], jnp.uint8)
+        args, options = (q[:, 0], k, v, lengths), dict(window=window, sums=True)
+        if reason := op.missing(platform, *args, interpret=True, **options):
+            pytest.skip(reason)
+        got, sums = op.on(platform, *args, interpret=True, **options)
+        want, counted = DECODE(*args, **options)
+        if window:
+            assert not want[1:3].any()
+            assert counted.sum((1, 2)).tolist()[1:3] == [0, 0]
+        near(got, want, 1e-3)
+        near(sums, counted, 1e-3)
 
 
 def held(layout, shape):
@@ -256,16 +304,46 @@ class TestCodesOnHopper:
         assert jnp.linalg.norm(got - want) < 2e-3 * jnp.linalg.norm(want)
 
 
+IDS, LONG = np.ones((1, 16), np.int32), np.array([16], np.int32)
+
+
+def on_tpu(name: str, *args):
+    return OPS[name].on("tpu", *args, interpret=True)
+
+
+def twice(a):
+    return jnp.concatenate((a, a))
+
+
+def third(cache):
+    """Codes of eight bits, with five scales for sixteen slots."""
+    return QuantizedCache((cache.astype(jnp.uint8),), cache[:, :5, :, :1])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda q, k, v: FLASH(q, k, v, window=0), "window 0"),
         (lambda q, k, v: FLASH(q, k, v, first=4), "first 4"),
         (lambda q, k, v: FLASH(q[:, :, :3], k, v), "multiple of groups"),
+        (lambda q, k, v: on_tpu("flash_attention", q, k, v, (IDS, IDS[:, 1:])),
+         r"segments \(\(1, 16\), \(1, 15\)\)"),
+        (lambda q, k, v: on_tpu("flash_attention", *map(twice, (q, k, v)), (IDS, IDS)),
+         r"accepted: \(\(2, 16\), \(2, 16\)\)"),
+        (lambda q, k, v: on_tpu("flash_attention", q, k, v, None, jnp.ones(2)),
+         r"sinks \(2,\); accepted: \(4,\)"),
+        (lambda q, k, v: on_tpu("decode_attention", q[:, 0], k, v, LONG, None,
+                                jnp.ones(2)), r"sinks \(2,\)"),
+        (lambda q, k, v: on_tpu("decode_attention", q[:, 0], k, v, LONG * 1.0),
+         r"lengths float32\[1\]; accepted: integers"),
+        (lambda q, k, v: on_tpu("decode_attention", q[:, 0], k, v, LONG, LONG),
+         r"pages int32\[1\]"),
+        (lambda q, k, v: on_tpu("decode_attention", q[:, 0], third(k), v, LONG),
+         r"scale or zero \(1, 5, 2, 1\)"),
         (lambda q, k, v: top_blocks(q, k, block_q=8, block_k=8, keep=1), "keep 1"),
         (lambda q, k, v: block_index(jnp.ones((1, 1, 2, 2), bool), 3), "width 3"),
     ],
-)
+)  # fmt: skip
 def test_refusals_name_the_value(call, message):
     with pytest.raises(ValueError, match=message):
         call(*arrays(16, 16))

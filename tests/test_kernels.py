@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +143,55 @@ def test_few_rows_on_a_cpu(bits, blocks):
     assert_near(got, op.reference(*args, **options), 1e-5)
 
 
+@pytest.mark.parametrize("bits", (4, 8))
+@pytest.mark.parametrize("platform", ("reference", "tpu", "gpu"))
+def test_a_token_with_nan_has_no_finite_scale(platform, bits):
+    """Its codes could be those of a row of zeros. The reference has two blocks."""
+    op, many = OPS["hadamard_quantize"], platform == "reference"
+    x = jax.random.normal(jax.random.key(4), (64 if many else 3, 512 if many else 256))
+    args = x.at[0].set(0).at[1:, 7].set(jnp.nan), jnp.eye(2), jnp.eye(128)
+    run = functools.partial(op.reference, bits=bits)
+    if not many:
+        run = functools.partial(op.on, platform, interpret=True, bits=bits)
+        if reason := op.missing(platform, *args, interpret=True, bits=bits):
+            pytest.skip(reason)
+    _, scale = jax.jit(run)(*args)
+    assert scale[0, 0] == 1
+    assert not jnp.isfinite(scale[1:]).any()
+
+
+def test_pallas_kernels_needs_jax_alone():
+    """In a process that finds nothing but jax and what that is made of."""
+    program = """
+import sys
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
+
+FOUND = {"pallas_kernels", "jax", "jaxlib", "numpy", "scipy", "ml_dtypes"}
+FOUND |= {"opt_einsum", *sys.stdlib_module_names}
+FOUND |= {"absl"}  # jax 0.10's Mosaic GPU imports it, which jax does not say
+
+class Alone(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name[0] == "_" or name.partition(".")[0] in FOUND:
+            return super().find_spec(name, path, target)
+
+sys.meta_path[:] = BuiltinImporter, FrozenImporter, Alone
+import jax, pallas_kernels
+op = pallas_kernels.ops()["quantized_matmul"]
+case = next(case for case in op.cases if case.tiny)
+print(op(*case.make(jax.random.key(0)), **case.options).shape)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).resolve().parent.parent,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )
+    assert run.stdout == "(1, 256)\n", run.stderr[-2000:]
+
+
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_cases(op):
     """Case names are unique; some are tiny; the reference runs on their shapes."""
@@ -262,6 +312,121 @@ class TestBackend:
         assert with_jit(jnp.ones(3)).sum() == 6
         with pallas_kernels.backend("tpu"), pytest.raises(NotImplementedError):
             with_jit(jnp.ones(3))
+
+
+def cut_to_nothing(op, letters: str):
+    """A tiny case without leading axes, outputs or inputs (``op.layout``'s letters)."""
+    case = next(case for case in op.cases if case.tiny)
+    layout = op.layout(case.shapes, case.options)
+    names = partition.Named.of(layout, case.shapes, (), {}).arguments
+    leaves, tree = jax.tree.flatten(case.shapes)
+
+    def cut(name, a):
+        """One block of all inputs stays one."""
+        pairs = zip(name, a.shape, strict=True)
+        gone = lambda own, size: own in letters and (own != "i" or size > 1)  # noqa: E731
+        return np.zeros([0 if gone(*pair) else pair[1] for pair in pairs], a.dtype)
+
+    made = [cut(*pair) for pair in zip(names, leaves, strict=True)]
+    used = set(letters) & set("".join(names))
+    return jax.tree.unflatten(tree, made), case.options, used
+
+
+CUTS = {"rows": "0b", "outputs": "o", "inputs": "i"}
+NOTHING = [
+    pytest.param(*found[:2], op, id=f"{op.name}-{what}")
+    for op in OPS.values()
+    for what, letters in CUTS.items()
+    for found in [cut_to_nothing(op, letters)]
+    if found[2]
+]
+SHORT = {"scale": lambda a: a[:, :-1], "bytes": lambda a: (*a[:-1], a[-1][:, :-1])}
+# Op, argument that a function changes, options beside those of a tiny case, message.
+REFUSED = [
+    ("quantized_matmul", {}, {"block": 64}, r"scale \(256, 2\); accepted: \(256, 4\)"),
+    ("quantized_matmul", {}, {"block": 0}, "blocks of 0 inputs"),
+    ("quantized_matmul", {}, {"bits": 2}, r"planes uint8\[256, 32\]; accepted"),
+    ("quantized_matmul", {}, {"levels": (0.0,)}, "1 levels for codes of 1 bits"),
+    ("quantized_matmul", {2: SHORT["scale"]}, {}, r"scale \(256, 1\)"),
+    ("quantized_matmul", {1: SHORT["bytes"]}, {}, r"planes uint8\[256, 31\]"),
+    ("quantized_matmul", {0: lambda x: x[:, :-8]}, {}, "planes"),
+    ("quantized_matmul", {3: lambda _: jnp.ones((256, 1))}, {}, "zero"),
+    ("quantized_matmul", {4: lambda _: [jnp.ones((9, 9))] * 2}, {}, "low_rank"),
+    ("plane_matmul", {}, {"block": 64}, r"scales\[0\] \(256, 1\)"),
+    ("plane_matmul", {}, {"kind": "trits"}, r"accepted: uint8\[256, 52\]"),
+    ("plane_matmul", {3: lambda _: jnp.ones((256, 2))}, {}, "bias"),
+    ("two_level_matmul", {1: SHORT["bytes"]}, {}, "planes"),
+    ("two_level_matmul", {}, {"block": 0}, "blocks of 0 inputs"),
+    ("nm_matmul", {2: lambda a: (a,)}, {}, "planes, bits and scale go together"),
+    ("nm_matmul", {2: lambda a: (a,), 3: lambda _: jnp.ones((256, 1))}, {"bits": 8},
+     r"planes float32\[256, 128\]; accepted: uint8\[256, 128\]"),
+    ("scaled_matmul", {}, {"block": -1}, "blocks of -1 inputs"),
+]  # fmt: skip
+
+
+class TestArguments:
+    """By name or by position, with nothing in them, or of shapes that do not fit."""
+
+    @pytest.fixture
+    def quantized(self):
+        """An op, and x, planes, scale and zero that its kernels serve."""
+        keys = jax.random.split(jax.random.key(2), 4)
+        x = jax.random.normal(keys[0], (2, 256))
+        planes = (jax.random.bits(keys[1], (256, 128), jnp.uint8),)
+        scale, zero = (jax.random.uniform(key, (256, 4)) for key in keys[2:])
+        op = functools.partial(OPS["quantized_matmul"], bits=4, block=64)
+        return op, (x, planes, scale, zero)
+
+    def test_gradients_of_what_is_passed_by_name(self, quantized):
+        op, (x, planes, scale, zero) = quantized
+        by_name = lambda z: jnp.sin(op(x, planes, scale=scale, zero=z)).sum()  # noqa: E731
+        by_place = lambda z: jnp.sin(op(x, planes, scale, z)).sum()  # noqa: E731
+        np.testing.assert_array_equal(jax.grad(by_name)(zero), jax.grad(by_place)(zero))
+
+    def test_a_mesh_divides_what_is_passed_by_name(self, quantized):
+        op, args = quantized
+        rows = P("tensor", None)
+        run = lambda x, planes, scale, zero: op(x, planes, zero=zero, scale=scale)  # noqa: E731
+        got, program = on_mesh(run, args, (P("data", None), (rows,), rows, rows))
+        assert_near(got, run(*args), 1e-2)
+        assert "all-gather" not in program
+
+    def test_unknown_and_missing_names(self, quantized):
+        op, (x, planes, scale, _) = quantized
+        with pytest.raises(TypeError, match="unexpected keyword argument 'blocks'"):
+            op(x, planes, scale, blocks=2)
+        with pytest.raises(TypeError, match=r"missing .*'scale'"):
+            op(x, planes, zero=scale)
+
+    @pytest.mark.parametrize(("args", "options", "op"), NOTHING)
+    def test_nothing_gives_nothing_or_zeros(self, args, options, op):
+        want = jax.eval_shape(lambda *a: op.reference(*a, **options), *args)
+        with pallas_kernels.backend("tpu", interpret=True):
+            got = jax.jit(functools.partial(op, **options))(*args)
+        shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)  # noqa: E731
+        assert shapes(got) == shapes(want)
+        assert not any(a.any() for a in jax.tree.leaves(got))
+
+    @pytest.mark.parametrize(("name", "changes", "options", "message"), REFUSED)
+    def test_what_does_not_fit_is_refused(self, name, changes, options, message):
+        op = OPS[name]
+        case = next(case for case in op.cases if case.tiny)
+        args = dict(enumerate(case.shapes))
+        ones = lambda tree: jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), tree)  # noqa: E731
+        args |= {i: change(ones(args.get(i))) for i, change in changes.items()}
+        ordered = [args.get(i) for i in range(1 + max(args))]
+        with pytest.raises(ValueError, match=message):
+            op.missing("tpu", *ordered, **{**case.options, **options})
+
+    def test_levels_or_zero_points(self, quantized):
+        op, args = quantized
+        with pytest.raises(ValueError, match="levels and zero"):
+            op(*args, levels=tuple(range(16)))
+
+    def test_a_block_may_exceed_the_inputs(self):
+        op = OPS["scaled_matmul"]
+        args = op.cases[0].make(jax.random.key(1))
+        assert_near(op(*args, block=1000), op(*args, block=None), 1e-6)
 
 
 def sharded(op, platform, args, options, specs, out):

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.annotations import Array, Float, Int
+from pallas_kernels.annotations import Array, Float, Int, Integer
 from pallas_kernels.flash_attention.reference import NEGATIVE, check_sinks
 from pallas_kernels.planes import parts, unpack
 
@@ -133,8 +133,8 @@ def decode_attention(
     q: Float[Array, "batch heads dim"],
     keys: Cache,
     values: Cache,
-    lengths: Int[Array, "batch"],
-    pages: Int[Array, "batch max_pages"] | None = None,
+    lengths: Integer[Array, "batch"],
+    pages: Integer[Array, "batch max_pages"] | None = None,
     sinks: Float[Array, "heads"] | None = None,
     *,
     scale: float | None = None,

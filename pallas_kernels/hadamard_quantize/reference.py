@@ -41,8 +41,8 @@ def hadamard_quantize(
     block-diagonal, as ``hadamard_transform`` is. ``bits`` 8 gives int8; 4 packs two
     codes in a byte, the first in the low bits, offset by 8 (``quantized_matmul``'s
     planes). Ties round to even; values beyond the scale are clipped to +-(2^(bits-1)
-    - 1). A row of zeros has scale 1, and one with NaN has NaN. The transform is
-    computed in float32.
+    - 1). A row of zeros has scale 1, and one with NaN no finite scale. The transform
+    is computed in float32.
     """
     check(x, a, b, bits, clip)
     factors = len(a), len(b)
@@ -58,6 +58,8 @@ def quantize(y, bits: int, clip: float):
     """Symmetric codes (int32) along the last axis, and their scale."""
     top = 2 ** (bits - 1) - 1
     largest = jnp.max(jnp.abs(y), -1, keepdims=True, initial=0.0)
+    # The largest of some numbers and NaN is not always NaN on a CPU.
+    largest = jnp.where(jnp.isnan(y).any(-1, keepdims=True), jnp.nan, largest)
     scale = jnp.where(largest == 0, 1.0, largest * (clip / top))
     codes = jnp.clip(jnp.round(y / scale), -top, top)
     return codes.astype(jnp.int32), scale

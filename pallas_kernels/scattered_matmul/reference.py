@@ -54,7 +54,7 @@ def scattered_matmul(
     stripes = -(-outputs // STRIPE)
 
     def multiply(row):
-        found = row.at[source].get(mode="fill", fill_value=0)  # free slots anywhere
+        found = row.at[source].get(mode="fill", fill_value=0)
         sums = jnp.cumsum(found * segments.value.astype(jnp.float32), 1)
         sums = jnp.pad(sums, ((0, 0), (1, 0)))
         whole = jnp.take_along_axis(sums, segments.end.astype(jnp.int32), 1)
