@@ -139,7 +139,7 @@ def _exponents(stream, starts, last, first, symbols):
         four = stream[byte].astype(jnp.uint32)
         window = four[:, 0] << 24 | four[:, 1] << 16 | four[:, 2] << 8 | four[:, 3]
         window = window << (at & 7)
-        longer = (window[:, None] > last) | (last == 0)
+        longer = (window[:, None] > last[None]) | (last == 0)[None]
         bits = 1 + longer.sum(1, dtype=jnp.uint32)
         code = (window >> (32 - bits)).astype(jnp.int32)
         return at + bits, symbols[first[bits - 1] + code]
