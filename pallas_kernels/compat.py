@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import jax
+from jax.experimental.mosaic.gpu import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
@@ -21,6 +22,11 @@ def load(ref, layout, optimized: bool = True):
     if VERSION < (0, 11):
         return plgpu.load(ref, (), layout=layout, optimized=optimized)
     return plgpu.load(ref, layout=layout, optimized=optimized)
+
+
+def in_registers(registers, layout, signed: bool | None = None):
+    """A Mosaic GPU array of ``registers`` (an object array of MLIR values)."""
+    return FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
 
 
 def transposed(ref):

@@ -14,12 +14,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.fragmented_array import Replicated, Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
+from pallas_kernels import compat
 from pallas_kernels.quantized_matmul.fragments import Word, words_of
 
 HALF_1024 = 0x6400  # the bits of float16 1024; its low 10 bits count units of one
@@ -102,7 +102,7 @@ def floats(codes, bits: int, nothing, *, middle: bool, interpret: bool):
             (word,) = words_of(register)
             for j, out in enumerate(each):
                 out[index] = _pair(word, magic, bits, j, middle)
-        return _array(np.concatenate(each, axis=1), array.layout)
+        return compat.in_registers(np.concatenate(each, axis=1), array.layout)
 
     return expand(codes, nothing)
 
@@ -142,15 +142,9 @@ def joined(arrays, axis: int, layout, *, interpret: bool):
     @plgpu.inline_mgpu(arg_types=(layout,) * len(arrays), return_type=kind)
     def join(_, *parts):
         registers = np.concatenate([part.registers for part in parts], axis)
-        return _array(registers, parts[0].layout, parts[0].is_signed)
+        return compat.in_registers(registers, parts[0].layout, parts[0].is_signed)
 
     return join(*arrays)
-
-
-def _array(registers, layout, is_signed=None):
-    return mgpu.FragmentedArray(
-        _registers=registers, _layout=layout, _is_signed=is_signed
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +206,6 @@ class Channels:
                 for j in range(self.places):
                     ends = [j, self.places + j]
                     flat[j, at] = vector.shuffle(loaded[0], loaded[-1], ends)
-            return [_array(out, layout, array.is_signed) for out in outs]
+            return [compat.in_registers(out, layout, array.is_signed) for out in outs]
 
         return cut(values)

@@ -14,12 +14,12 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
+from pallas_kernels import compat
 from pallas_kernels.hopper import LANES
 from pallas_kernels.quantized_matmul.fragments import OUT, Word, words_of
 
@@ -256,8 +256,7 @@ def _own_scales(array, row: int) -> list:
 
 
 def _array(registers, signed: bool | None = None):
-    layout = OUT.to_mgpu()
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
+    return compat.in_registers(registers, OUT.to_mgpu(), signed)
 
 
 def _index(pair: int, row: int) -> tuple[int, ...]:

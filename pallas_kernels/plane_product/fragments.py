@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -189,9 +188,7 @@ def _operand(words: list, columns: list, peel):
             for place, word in enumerate(peel(held, own)):
                 out[(index[0], place * tiles + at, *index[2:])] = _bytes(word)
         assert out.shape[1] == places * tiles
-        return mgpu.FragmentedArray(
-            _registers=out, _layout=OUT.to_mgpu(), _is_signed=True
-        )
+        return compat.in_registers(out, OUT.to_mgpu(), signed=True)
 
     return build(*words, *(column for each in columns for column in each))
 

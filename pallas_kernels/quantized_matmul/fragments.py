@@ -13,7 +13,6 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -186,10 +185,7 @@ def each_register(array, function):
                 out[(index[0], count * index[1] + i, *index[2 : out.ndim])] = (
                     pair.floats()
                 )
-    return [
-        mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
-        for out in outs
-    ]
+    return [compat.in_registers(out, layout) for out in outs]
 
 
 def digit_pairs(word, part: int, place: int) -> list:

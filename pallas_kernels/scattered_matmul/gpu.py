@@ -58,17 +58,17 @@ def scattered_matmul(x, segments: Segments, *, outputs: int, interpret: bool = F
         return jnp.dot(x, dense, precision=lax.Precision.HIGHEST)
     if not x.size:
         return jnp.zeros((*x.shape[:-1], outputs), x.dtype)
-    plan = _plan(len(rows), segments, outputs, interpret)
-    rows = jnp.pad(rows, ((0, -len(rows) % plan.tile), (0, 0)))
-    turned = rows.reshape(plan.tiles, plan.tile, -1).swapaxes(1, 2)
+    count, plan = len(rows), _plan(len(rows), segments, outputs, interpret)
+    filled = jnp.pad(rows, ((0, -count % plan.tile), (0, 0)))
+    turned = filled.reshape(plan.tiles, plan.tile, -1).swapaxes(1, 2)
     # The first group of each stripe; what is left behind the last belongs to none.
     bounds = jnp.searchsorted(
         segments.stripe, jnp.arange(plan.stripes + 1), method="compare_all"
     )
     with compat.interpret_gpu() if interpret else contextlib.nullcontext():
         parts = _call(plan)(bounds.astype(jnp.int32), *segments[1:], turned)
-    y = parts.sum(0).transpose(1, 2, 0, 3).reshape(len(rows), -1)
-    y = y[: x.size // x.shape[-1], :outputs].astype(x.dtype)
+    y = parts.sum(0).transpose(1, 2, 0, 3).reshape(len(filled), -1)
+    y = y[:count, :outputs].astype(x.dtype)
     return y.reshape(*x.shape[:-1], outputs)
 
 

@@ -15,6 +15,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
+from pallas_kernels import compat
+from pallas_kernels.quantized_matmul.fragments import words_of
+
 THREADS = 128
 LINE = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
 WIDE = 16  # bytes that a thread loads at once
@@ -51,24 +54,16 @@ def largest(line, *, interpret: bool):
 
     @plgpu.inline_mgpu(arg_types=(LINE,), return_type=kind)
     def reduce(_, line):
-        word = ir.IntegerType.get_signless(32)
-        text = "redux.sync.max.s32 $0, $1, 0xffffffff;"
-        found = llvm.inline_asm(
-            word, [_item(line)], text, "=r,r", has_side_effects=True
-        )
+        own, text = _item(line), "redux.sync.max.s32 $0, $1, 0xffffffff;"
+        found = llvm.inline_asm(own.type, [own], text, "=r,r", has_side_effects=True)
         return mgpu.FragmentedArray.splat(found, (), is_signed=True)
 
     return reduce(line)
 
 
 def _item(line):
-    """The only element that a thread has."""
-    return llvm.extractelement(line.registers.item(), _zero())
-
-
-def _zero():
-    word = ir.IntegerType.get_signless(32)
-    return llvm.mlir_constant(ir.IntegerAttr.get(word, 0))
+    """The only element that a thread has, of 32 bits."""
+    return words_of(line.registers.item())[0].value
 
 
 def _element(row, index: int):
@@ -80,6 +75,4 @@ def _element(row, index: int):
 def _line(register, dtype):
     registers = np.array([register], object)
     signed = False if jnp.issubdtype(dtype, jnp.unsignedinteger) else None
-    return mgpu.FragmentedArray(
-        _registers=registers, _layout=LINE.to_mgpu(), _is_signed=signed
-    )
+    return compat.in_registers(registers, LINE.to_mgpu(), signed)
