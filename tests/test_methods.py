@@ -203,6 +203,7 @@ def test_does_not_depend_on_the_subset(name, model, batches, made):
         "smoothquant(0.8, sites='all')",
         "quarot(bits=None, activation_bits=None, kv_bits=None)",
         "lora(4)",
+        "pissa(4)",
     ),
 )
 def test_equivalences_keep_the_logits(spec, batches):
@@ -234,6 +235,21 @@ def test_pruning_then_rounding_keeps_the_zeros_and_mends(model, batches):
     assert (support.sum(1) == 2).all()
     assert not jnp.where(sparse.support, 0, sparse.materialize()).any()
     assert term.rank == 4 and len(result.history.specs) == 2
+
+
+def test_the_principal_part_is_kept_from_rounding(model):
+    """PiSSA, then NF4: the rest is rounded, whose error is less than the whole's."""
+    halved = methods.parse("compose(pissa(8), nf4(group_size=16))")(model)
+    whole = methods.parse("compose(nf4(group_size=16), lora(8))")(model)
+    for path in model.config.linears():
+        w, (rest, kept) = weight(model, path), weight(halved, path).terms
+        assert isinstance(rest, weights.Quantized) and kept.inner.rank == 8
+        u, s, vt = jnp.linalg.svd(w.astype(jnp.float32), full_matrices=False)
+        best = (u[:, :8] * s[:8]) @ vt[:8]
+        assert jnp.abs(kept.materialize() - best).max() < 1e-4 * s[0]
+        parts = weight(halved, path), weight(whole, path)
+        near, far = (jnp.linalg.norm(p.materialize() - w) for p in parts)
+        assert near < far
 
 
 @pytest.mark.parametrize(

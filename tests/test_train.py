@@ -15,9 +15,10 @@ import optax
 import pytest
 import yaml
 
+from jaxllm import methods
 from jaxllm.core import weights
 from jaxllm.core.batch import Batch, targets
-from jaxllm.core.model import Model, combine, with_weight
+from jaxllm.core.model import Model, combine, weight, with_weight
 from jaxllm.data.corpora import from_texts, join_documents
 from jaxllm.data.loader import Batches, batches
 from jaxllm.data.packing import pack_rows
@@ -58,6 +59,10 @@ def data() -> Batches:
         (s + np.arange(n)) % VOCABULARY for s, n in zip(starts, lengths, strict=True)
     ]
     return Batches(pack_rows(counted, 16), batch_size=8, seed=3)
+
+
+def linears(model: Model) -> list:
+    return [weight(model, path) for path in model.config.linears()]
 
 
 def leaves_equal(left, right) -> bool:
@@ -536,6 +541,29 @@ class TestTasks:
         assert bool(end.terms[1].inner.second.any())
         assert leaves_equal(end.terms[0], base)
         assert leaves_equal(trained.params["embed"], dense.params["embed"])
+
+    def test_scales_of_codes_train_alone(self, text, tmp_path, monkeypatch):
+        """PEQA: codes and zeros stay, the merged model is the packed one."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        tokenizer = load_tokenizer("builtin:tiny")
+        dense = fresh(tokenizer.vocab_size)
+        model = methods.parse("peqa(2, group_size=16)")(dense)
+        chosen, _ = split_model(model, adapters(model))
+        groups = 2 * sum(weights.size(w) // 16 for w in linears(dense))
+        assert 2 * sum(a.size for a in jax.tree.leaves(chosen)) == groups
+        config = self.config(kind="lora", data=text, rate=1e-2, steps=20)
+        trained = run_training(config, tmp_path / "run", model=model)
+        packed = methods.parse("merge_adapters()")(trained)
+        for before, after in zip(linears(model), linears(packed), strict=True):
+            assert isinstance(after, weights.Quantized)
+            assert leaves_equal(before.inner.planes, after.planes)
+            assert leaves_equal(before.inner.zero, after.zero)
+            assert not leaves_equal(before.inner.scale, after.scale)
+        tokens = jax.random.randint(KEY, (2, 16), 0, tokenizer.vocab_size)
+        np.testing.assert_array_equal(trained(tokens), packed(tokens))
+        log = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+        losses = [row["loss"] for row in map(json.loads, log) if "loss" in row]
+        assert losses[-1] < losses[0]
 
     @pytest.mark.parametrize(
         ("fields", "error", "message"),

@@ -185,6 +185,7 @@ TYPES = {
         )
     ),
     "trained w4a8": lambda: Trainable(TYPES["w4a8"]()),
+    "trained scales": lambda: Trainable(rounded(Integer(4)), ("scale",)),
     "w4a8 in groups of inputs": lambda: RowGroups(
         jnp.array([1, 2, 0], jnp.uint8),
         (

@@ -161,3 +161,17 @@ def adapter_factors(
 def trainable(part=low_rank()):
     """Another part that training may change afterwards, as it does an adapter."""
     return lambda w, stats, key=None: Trainable(part(w, stats, key))
+
+
+@expression
+def trained_only(solve, *fields: str):
+    """Another solver, of whose weights training may change these fields afterwards."""
+
+    def run(w, stats, key=None, support=None) -> Trainable:
+        made = solve(w, stats, key, support)
+        missing = [name for name in fields if not hasattr(made, name)]
+        if missing or not fields:
+            raise ValueError(f"a {type(made).__name__} has no {missing or 'fields'}")
+        return Trainable(made, fields)
+
+    return run

@@ -157,24 +157,25 @@ def _sources(config: TrainConfig) -> list[tuple[str, str]]:
 
 
 def adapters(model: Model) -> Callable[[str, Any], bool]:
-    """Chooses the parameters that lie below a ``Trainable`` weight.
+    """Chooses the parameters that a ``Trainable`` weight offers.
 
     Raises:
       ValueError: The model has none.
     """
-    below = [
-        jax.tree_util.keystr(path, simple=True, separator=".")
-        for path, node in jax.tree_util.tree_flatten_with_path(
-            model.params, is_leaf=lambda x: isinstance(x, weights.Trainable)
-        )[0]
-        if isinstance(node, weights.Trainable)
-    ]
+    nodes = jax.tree_util.tree_flatten_with_path(
+        model.params, is_leaf=lambda x: isinstance(x, weights.Trainable)
+    )[0]
+    below = []
+    for path, node in nodes:
+        if isinstance(node, weights.Trainable):
+            inner = f"{jax.tree_util.keystr(path, simple=True, separator='.')}.inner"
+            below += [f"{inner}.{field}" for field in node.only] or [inner]
     if not below:
         raise ValueError(
             "kind 'lora' trains adapters, and the model has none: apply a transform "
             "such as lora(rank=8) first"
         )
-    return lambda path, leaf: any(path.startswith(f"{node}.") for node in below)
+    return lambda path, leaf: any(f"{path}.".startswith(f"{node}.") for node in below)
 
 
 def _text_batches(

@@ -115,9 +115,13 @@ class Sum(Weight):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trainable(Wrapper):
-    """A part whose leaves training may change (an adapter)."""
+    """A part whose leaves training may change: all, or the fields that ``only`` names.
+
+    An adapter beside a weight, or the scales of packed codes.
+    """
 
     inner: Any
+    only: tuple[str, ...] = static(())
 
     refine = Weight.refine  # methods leave it alone
 
@@ -129,7 +133,13 @@ def _factors(term) -> tuple[Array, Array] | None:
 
 
 def merge(w):
-    """The same map with its trained parts, if any, added into a dense array."""
+    """The same map without parts that are trained.
+
+    Those beside a weight are added into a dense array; a weight of which only some
+    fields were trained keeps its type.
+    """
+    if isinstance(w, Trainable):
+        return w.inner
     if isinstance(w, Sum) and any(isinstance(t, Trainable) for t in w.terms):
         return w.materialize()
     return w
