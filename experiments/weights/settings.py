@@ -92,7 +92,7 @@ def sizes(entry: Entry) -> tuple[str, ...]:
 def claimed() -> dict[str, tuple[str, ...]]:
     """The specs of all claims and their baselines, by the model of the claim."""
     found: dict[str, dict[str, None]] = {}
-    for entry in entries().values():
+    for entry in methods.entries().values():
         for claim in entry.card.claims:
             mine = found.setdefault(claim.model, {})
             mine |= {canonical(claim.spec): None, canonical(claim.over): None}
