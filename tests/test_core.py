@@ -31,6 +31,7 @@ from jaxllm.core.patterns import Pattern
 from jaxllm.core.reconstruct import clipping, reconstruct
 from jaxllm.core.scales import Grid, absmax, half_quadratic, mse, power_of_two
 from jaxllm.core.solvers import nearest, obs, svd
+from jaxllm.core.spec import decode, encode
 from jaxllm.core.stats import Stats, output_energy
 from jaxllm.core.walk import Monitor, walk
 from jaxllm.core.weights import ActivationQuantized
@@ -338,6 +339,19 @@ def test_adapters_start_beside_any_weight_without_changing_it(spec, model):
         np.testing.assert_array_equal(both.materialize(), w.materialize())
     rounded = methods.parse("quarot(bits=None, activation_bits=8, rotate=False)")
     assert isinstance(weight(rounded(small), path), ActivationQuantized)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "compose(nf4(), where('layers.0', compose(pissa(4), nf4(group_size=32))))",
+        "trained_only(nearest(Grid(Integer(4))), 'scale', 'zero')",
+    ],
+)
+def test_any_number_of_arguments_prints_and_is_stored_as_a_call(spec):
+    made = methods.parse(spec)
+    assert methods.parse(repr(made)) == made
+    assert decode(encode(made), methods.find) == made
 
 
 def test_history_never_splits_a_trace(model):

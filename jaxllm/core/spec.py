@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -27,17 +28,22 @@ class Expression:
     call: Any = dataclasses.field(compare=False)
     own_needs: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     defaults: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), compare=False)
+    variadic: str | None = dataclasses.field(default=None, compare=False)
 
     def __call__(self, *args, **kwargs):
         return self.call(*args, **kwargs)
 
     def __repr__(self) -> str:
+        """The call: what stands before a variadic argument is given by position."""
         defaults = dict(self.defaults)
-        shown = (
-            f"{k}={v!r}"
-            for k, v in self.arguments
-            if k not in defaults or defaults[k] != v
-        )
+        names = [k for k, _ in self.arguments]
+        placed = names.index(self.variadic) if self.variadic else 0
+        shown = [repr(v) for _, v in self.arguments[:placed]]
+        for k, v in self.arguments[placed:]:
+            if k == self.variadic:
+                shown += map(repr, v)
+            elif k not in defaults or defaults[k] != v:
+                shown.append(f"{k}={v!r}")
         return f"{self.name}({', '.join(shown)})"
 
     def __getattr__(self, name: str):
@@ -70,6 +76,7 @@ def expression(make: Callable | None = None, *, needs=(), kind: type = Expressio
         for k, p in signature.parameters.items()
         if p.default is not inspect.Parameter.empty
     )
+    variadic = _variadic(signature)
 
     @functools.wraps(make)
     def build(*args, **kwargs):
@@ -82,9 +89,15 @@ def expression(make: Callable | None = None, *, needs=(), kind: type = Expressio
         bound.apply_defaults()
         arguments = tuple((k, _frozen(v)) for k, v in bound.arguments.items())
         made = make(*bound.args, **bound.kwargs)
-        return kind(make.__name__, arguments, made, tuple(needs), defaults)
+        return kind(make.__name__, arguments, made, tuple(needs), defaults, variadic)
 
     return build
+
+
+def _variadic(signature: inspect.Signature) -> str | None:
+    """The name of the parameter that takes any number of arguments by position."""
+    kinds = {p.kind: name for name, p in signature.parameters.items()}
+    return kinds.get(inspect.Parameter.VAR_POSITIONAL)
 
 
 def _frozen(value):
@@ -138,10 +151,11 @@ def decode(data, resolve: Callable[[str], Callable] | None = None):
 
 def call(make: Callable, arguments: Mapping[str, Any]):
     """``make(**arguments)`` for makers with a variadic parameter too (compose)."""
-    args, kwargs = [], dict(arguments)
-    for name, parameter in inspect.signature(make).parameters.items():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            args = list(kwargs.pop(name, ()))
+    args, kwargs, signature = [], dict(arguments), inspect.signature(make)
+    if (variadic := _variadic(signature)) in kwargs:
+        before = itertools.takewhile(lambda n: n != variadic, signature.parameters)
+        args += [kwargs.pop(name) for name in before if name in kwargs]
+        args += kwargs.pop(variadic)
     return make(*args, **kwargs)
 
 
