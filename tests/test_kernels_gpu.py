@@ -456,18 +456,23 @@ for case in op.cases:
 
 
 def compiled_text(op: str, cases: tuple[str, ...]) -> dict[str, str]:
-    """The programs of these cases, compiled for CUDA in a process of their own."""
+    """The programs of these cases."""
+    parts = output_of(DENSE.format(op=op, cases=cases)).split("CASE ")[1:]
+    return {part.partition("\n")[0]: part for part in parts}
+
+
+def output_of(code: str) -> str:
+    """What ``code``, which compiles for CUDA, prints in a process of its own."""
     pytest.importorskip("jax_cuda13_plugin", reason="no CUDA plugin (extra cuda-aot)")
     run = subprocess.run(
-        [sys.executable, "-c", DENSE.format(op=op, cases=cases)],
+        [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    parts = run.stdout.split("CASE ")[1:]
-    return {part.partition("\n")[0]: part for part in parts}
+    return run.stdout
 
 
 PACKED = {
@@ -507,7 +512,6 @@ def test_no_dense_weight_and_no_copy_of_planes(op):
 
 def test_timed_calls_stay_in_the_loop():
     """The compiler may not take the measured kernel out of the timing loop."""
-    pytest.importorskip("jax_cuda13_plugin", reason="no CUDA plugin (extra cuda-aot)")
     code = f"""
 import sys
 sys.path.insert(0, {str(BENCHMARK)!r})
@@ -520,18 +524,45 @@ numbers = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.floa
 device = aot.target("cuda", "h200")
 print(aot.compile_for(device, run, [case.shapes] * 2, *numbers).as_text())
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    entry = run.stdout.partition("\nENTRY ")[2]
+    text = output_of(code)
+    entry = text.partition("\nENTRY ")[2]
     target = 'custom_call_target="mosaic'
-    assert run.stdout.count(target) == 2
+    assert text.count(target) == 2
     assert target not in entry
+
+
+OUTLIERS = """
+from pallas_kernels import aot, ops
+kinds = ("quantized_matmul", "llama3-8b/{w}/w4-g128-asym/m{m}"), (
+    "scattered_matmul", "llama3-8b/{w}/1.00%/m{m}")
+picked = [(ops()[op], next(c for c in ops()[op].cases if c.name == name))
+          for op, name in kinds]
+(packed, first), (few, second) = picked
+x, rest, listed = first.shapes[0], first.shapes[1:], second.shapes[1]
+main = lambda x, rest, _: packed.on("gpu", x, *rest, **first.options)
+outliers = lambda x, _, listed: few.on("gpu", x, listed, **second.options)
+both = lambda *a: main(*a) + outliers(*a)
+device = aot.target("cuda", "h200")
+for run in (main, both):
+    print("CASE", aot.compile_for(device, run, x, rest, listed).as_text())
+"""
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(1, 1), (16, 2)])
+def test_outliers_are_added_where_the_packed_product_is_summed(rows, steps):
+    """XLA adds them in the step that sums the parts of the packed product anyway.
+
+    Before their own kernel one step finds the groups of each stripe, and where x has
+    several rows one turns it.
+    """
+    texts = output_of(OUTLIERS.format(w="down", m=rows)).split("CASE ")[1:]
+    entries = [text.partition("\nENTRY ")[2] for text in texts]
+    alone, both = ([*re.findall(r" (fusion|custom-call)\(", e)] for e in entries)
+    assert both.count("custom-call") == alone.count("custom-call") + 1 == 2
+    assert both.count("fusion") == alone.count("fusion") + steps
+    (last,) = (line for line in entries[1].splitlines() if "ROOT" in line)
+    made = re.findall(r"%([\w.]+) = .* custom-call\(", entries[1])
+    assert "fusion(" in last and all(f"%{name}" in last for name in made), last
 
 
 def test_benchmark_runs_here(tmp_path):
