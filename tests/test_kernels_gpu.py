@@ -590,6 +590,27 @@ def test_benchmark_runs_here(tmp_path):
     assert row["bytes_per_second"] == row["bytes"] / row["seconds"]
 
 
+def test_decoding_is_measured_side_by_side(tmp_path):
+    """Both of ours on a CPU, with the ratio; a side that cannot run says why."""
+    out = tmp_path / "decode.json"
+    for only in ("jaxllm", "int4"):
+        run = subprocess.run(
+            [sys.executable, BENCHMARK / "decode.py", "--only", only, "--out", out],
+            capture_output=True,
+            text=True,
+            cwd=REPOSITORY,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)},
+        )
+        assert run.returncode == 0, run.stderr[-2000:]
+        data = json.loads(out.read_text())
+        if only == "jaxllm":
+            four, dense = data["rows"]
+            rates = [row["tokens_per_second"] for row in (four, dense)]
+            assert data["jaxllm w4 over"] == {"jaxllm dense": rates[0] / rates[1]}
+        else:
+            assert [row["status"] for row in data["rows"]] == ["not run"]
+
+
 def test_tuner_offers_possible_tiles():
     """Candidates contain the default and keep to whole steps."""
     code = f"""

@@ -173,10 +173,15 @@ def _int4pack(torch, case):
     if bits != 4 or group not in (32, 64, 128, 256):
         raise NotImplementedError("serves 4 bits in groups of 32 to 256")
     x = _random(torch, m, k)
+    packed, scales = packed_int4(torch, n, k, group)
+    return lambda: torch.ops.aten._weight_int4pack_mm(x, packed, group, scales)
+
+
+def packed_int4(torch, n: int, k: int, group: int):
+    """Random codes of a weight [n, k] as torch packs them, and scales with zeros."""
     codes = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
     packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
-    scales = _random(torch, k // group, n, 2)
-    return lambda: torch.ops.aten._weight_int4pack_mm(x, packed, group, scales)
+    return packed, _random(torch, k // group, n, 2)
 
 
 def _gemlite(torch, case):

@@ -333,7 +333,11 @@ def rounded_softmax(format: Log2):
 
 @transform
 def merge_adapters():
-    """Trained parts added into their dense weights; packed ones become dense."""
+    """Trained parts added into their weights.
+
+    Packed weights beside adapters become dense; those whose scales were trained stay
+    packed.
+    """
 
     def run(model: Model, context: Context) -> Model:
         for path in context.paths(model):

@@ -66,8 +66,9 @@ class TrainConfig:
     Attributes:
       kind: "pretrain" (a fresh ``architecture``), "continue" (all parameters of
         ``model``, on text), "instruct" (all parameters, on conversations; only what
-        the assistant says is a target), or "lora" (what lies below a ``Trainable``
-        weight, hence after a transform that put adapters in).
+        the assistant says is a target), or "lora" (what ``Trainable`` weights
+        offer: adapters, or the scales of codes; hence after a transform that put them
+        in, such as lora or peqa).
       data: Corpus URI, or the conversations file of "instruct".
       steps: Optimiser steps in all.
       model: URI of the model to start from; not for "pretrain". May be left out where

@@ -173,7 +173,7 @@ def adapters(model: Model) -> Callable[[str, Any], bool]:
     if not below:
         raise ValueError(
             "kind 'lora' trains adapters, and the model has none: apply a transform "
-            "such as lora(rank=8) first"
+            "such as lora(rank=8) or peqa(bits=4) first"
         )
     return lambda path, leaf: any(f"{path}.".startswith(f"{node}.") for node in below)
 
