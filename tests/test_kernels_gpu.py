@@ -565,20 +565,24 @@ def test_outliers_are_added_where_the_packed_product_is_summed(rows, steps):
     assert "fusion(" in last and all(f"%{name}" in last for name in made), last
 
 
-def test_benchmark_runs_here(tmp_path):
-    """The program measures the tiny cases of one op on a CPU, against float64."""
-    out = tmp_path / "results.json"
-    only = "quantized_matmul/tiny/square/w4-g128-sym/m1"
-    command = [sys.executable, str(BENCHMARK / "run.py"), "--only", only]
+def benchmark(program: str, *options: str, out: Path) -> dict:
+    """What a program of ``experiments/kernels`` writes, run on the CPU."""
     run = subprocess.run(
-        [*command, "--out", str(out), "--seed", "5"],
+        [sys.executable, BENCHMARK / program, *options, "--out", out],
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)},
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    data = json.loads(out.read_text())
+    return json.loads(out.read_text())
+
+
+def test_benchmark_runs_here(tmp_path):
+    """The program measures the tiny cases of one op on a CPU, against float64."""
+    out = tmp_path / "results.json"
+    only = "quantized_matmul/tiny/square/w4-g128-sym/m1"
+    data = benchmark("run.py", "--only", only, "--seed", "5", out=out)
     assert data["environment"]["seed"] == 5
     assert data["ceilings"]["bytes_per_second"] > 0
     (row,) = data["rows"]
@@ -593,22 +597,11 @@ def test_benchmark_runs_here(tmp_path):
 def test_decoding_is_measured_side_by_side(tmp_path):
     """Both of ours on a CPU, with the ratio; a side that cannot run says why."""
     out = tmp_path / "decode.json"
-    for only in ("jaxllm", "int4"):
-        run = subprocess.run(
-            [sys.executable, BENCHMARK / "decode.py", "--only", only, "--out", out],
-            capture_output=True,
-            text=True,
-            cwd=REPOSITORY,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)},
-        )
-        assert run.returncode == 0, run.stderr[-2000:]
-        data = json.loads(out.read_text())
-        if only == "jaxllm":
-            four, dense = data["rows"]
-            rates = [row["tokens_per_second"] for row in (four, dense)]
-            assert data["jaxllm w4 over"] == {"jaxllm dense": rates[0] / rates[1]}
-        else:
-            assert [row["status"] for row in data["rows"]] == ["not run"]
+    data = benchmark("decode.py", "--only", "jaxllm", out=out)
+    four, dense = (row["tokens_per_second"] for row in data["rows"])
+    assert data["jaxllm w4 over"] == {"jaxllm dense": four / dense}
+    data = benchmark("decode.py", "--only", "int4", out=out)
+    assert [row["status"] for row in data["rows"]] == ["not run"]
 
 
 def test_tuner_offers_possible_tiles():

@@ -31,7 +31,8 @@ from jaxllm import methods
 from jaxllm.evaluate.efficiency import speed
 from jaxllm.evaluate.environment import environment
 from jaxllm.evaluate.render import rewrite
-from jaxllm.models import Policy, init
+from jaxllm.models import Policy, Transformer, init
+from jaxllm.models.hub.configs import write_config_data
 from jaxllm.train.config import Uniform
 from pallas_kernels import tuning
 
@@ -48,6 +49,11 @@ class Size:
     vocabulary: int
     group: int
     dtype: str
+
+    @property
+    def config(self) -> Transformer:
+        made, policy = self.shape.build(self.vocabulary), Policy(self.dtype, self.dtype)
+        return dataclasses.replace(made, policy=policy)
 
 
 LARGE = Size(
@@ -73,10 +79,7 @@ def measure(side: str) -> dict:
 
 
 def ours(size: Size, packed: bool) -> dict:
-    config = dataclasses.replace(
-        size.shape.build(size.vocabulary), policy=Policy(size.dtype, size.dtype)
-    )
-    model = jax.jit(lambda key: init(config, key))(jax.random.key(0))
+    model = jax.jit(lambda key: init(size.config, key))(jax.random.key(0))
     if packed:
         model = methods.rtn(4, size.group)(model)
     found = speed(model, prompt_tokens=PROMPT, new_tokens=NEW, repeats=REPEATS)
@@ -90,21 +93,8 @@ def theirs(size: Size, packed: bool) -> dict:
     import transformers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = size.shape
-    config = transformers.LlamaConfig(
-        vocab_size=size.vocabulary,
-        hidden_size=shape.width,
-        intermediate_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=shape.max_length,
-        rope_theta=shape.theta,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    plain = dict(bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    config = transformers.LlamaConfig(**write_config_data(size.config) | plain)
     torch.set_default_dtype(getattr(torch, size.dtype))
     with torch.device(device):
         model = transformers.LlamaForCausalLM(config).eval()
