@@ -464,12 +464,17 @@ def compiled_text(op: str, cases: tuple[str, ...]) -> dict[str, str]:
 def output_of(code: str) -> str:
     """What ``code``, which compiles for CUDA, prints in a process of its own."""
     pytest.importorskip("jax_cuda13_plugin", reason="no CUDA plugin (extra cuda-aot)")
+    return run_apart("-c", code, XLA_FLAGS="")
+
+
+def run_apart(*command: str | Path, **variables: str) -> str:
+    """What another Python process, with these in its environment, prints."""
     run = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, *command],
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **variables},
     )
     assert run.returncode == 0, run.stderr[-2000:]
     return run.stdout
@@ -567,14 +572,8 @@ def test_outliers_are_added_where_the_packed_product_is_summed(rows, steps):
 
 def benchmark(program: str, *options: str, out: Path) -> dict:
     """What a program of ``experiments/kernels`` writes, run on the CPU."""
-    run = subprocess.run(
-        [sys.executable, BENCHMARK / program, *options, "--out", out],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)},
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+    command = BENCHMARK / program, *options, "--out", out
+    run_apart(*command, PYTHONPATH=str(REPOSITORY))
     return json.loads(out.read_text())
 
 
@@ -624,14 +623,7 @@ for name in (*names, "two_level_matmul"):
             assert of.shape[1] % (t.inputs * t.splits) == 0
 print("done")
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
-    assert run.returncode == 0 and "done" in run.stdout, run.stderr[-2000:]
+    assert "done" in run_apart("-c", code)
 
 
 @pytest.mark.skipif(compat.VERSION < (0, 11), reason="jax 0.10 has no interpreter")

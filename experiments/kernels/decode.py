@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # sides share a GPU
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs some
 
 import jax
 import peers
@@ -180,7 +180,6 @@ def main() -> int:
     first = rates.pop(SIDES[0], None)
     ratios = {side: first / rate for side, rate in rates.items() if first and rate}
     head = {
-        "command": " ".join(["python", "experiments/kernels/decode.py", *sys.argv[1:]]),
         "environment": environment(seed=0),
         "peers": peers.versions(),
         "prompt_tokens": PROMPT,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import timing
 
-PACKAGES = ("torch", "gemlite", "torchao", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "gemlite", "torchao", "bitsandbytes")
 Builder = Callable[[object, dict], Callable]
 
 

@@ -226,6 +226,17 @@ def _matches(path: str, pattern: str) -> bool:
     return len(parts) >= len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
 
+def dotted(path) -> str:
+    """A key path of a pytree as text: ``layers.0.attn.q.weight``."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def named_leaves(tree, is_leaf: Callable | None = None) -> dict[str, Any]:
+    """The leaves of a pytree by their dotted paths, in the tree's order."""
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]
+    return {dotted(path): leaf for path, leaf in flat}
+
+
 def stable_hash(text: str) -> int:
     """A 31-bit hash that is equal in every process (FNV-1a)."""
     value = 0x811C9DC5
@@ -241,12 +252,11 @@ def layer_key(key: jax.Array, path: str) -> jax.Array:
 
 def check_finite(model: Model) -> None:
     """Raise ``ValueError`` naming the first parameter that is not finite."""
-    for path, leaf in jax.tree_util.tree_flatten_with_path(model.params)[0]:
+    for name, leaf in named_leaves(model.params).items():
         kind = np.dtype(leaf.dtype).kind
         if kind not in "iub" and not bool(
             np.isfinite(np.asarray(leaf, np.float32)).all()
         ):
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
             raise ValueError(f"parameter {name!r} has non-finite values")
 
 
@@ -256,8 +266,7 @@ def partition(model: Model, trainable: Callable[[str, Any], bool]):
     ``trainable(path, leaf)`` decides per leaf; ``combine`` is the inverse.
     """
     flat, tree = jax.tree_util.tree_flatten_with_path(model)
-    name = lambda p: jax.tree_util.keystr(p, simple=True, separator=".")  # noqa: E731
-    chosen = [trainable(name(p).removeprefix("params."), leaf) for p, leaf in flat]
+    chosen = [trainable(dotted(p).removeprefix("params."), leaf) for p, leaf in flat]
     leaves = [leaf for _, leaf in flat]
     mine = [x if c else None for x, c in zip(leaves, chosen, strict=True)]
     rest = [None if c else x for x, c in zip(leaves, chosen, strict=True)]

@@ -76,7 +76,7 @@ def expression(make: Callable | None = None, *, needs=(), kind: type = Expressio
         for k, p in signature.parameters.items()
         if p.default is not inspect.Parameter.empty
     )
-    variadic = _variadic(signature)
+    variadic = variadic_name(signature)
 
     @functools.wraps(make)
     def build(*args, **kwargs):
@@ -94,7 +94,7 @@ def expression(make: Callable | None = None, *, needs=(), kind: type = Expressio
     return build
 
 
-def _variadic(signature: inspect.Signature) -> str | None:
+def variadic_name(signature: inspect.Signature) -> str | None:
     """The name of the parameter that takes any number of arguments by position."""
     kinds = {p.kind: name for name, p in signature.parameters.items()}
     return kinds.get(inspect.Parameter.VAR_POSITIONAL)
@@ -152,7 +152,7 @@ def decode(data, resolve: Callable[[str], Callable] | None = None):
 def call(make: Callable, arguments: Mapping[str, Any]):
     """``make(**arguments)`` for makers with a variadic parameter too (compose)."""
     args, kwargs, signature = [], dict(arguments), inspect.signature(make)
-    if (variadic := _variadic(signature)) in kwargs:
+    if (variadic := variadic_name(signature)) in kwargs:
         before = itertools.takewhile(lambda n: n != variadic, signature.parameters)
         args += [kwargs.pop(name) for name in before if name in kwargs]
         args += kwargs.pop(variadic)

@@ -21,7 +21,7 @@ import numpy as np
 
 import pallas_kernels
 from jaxllm.core import compat, weights
-from jaxllm.core.model import Model, get
+from jaxllm.core.model import Model, get, named_leaves
 from jaxllm.evaluate import energy
 from jaxllm.generation import Sampler, loop
 
@@ -91,8 +91,7 @@ def size(model: Model) -> Size:
     seen: set[int] = set()
     entries = 0
     leaf = lambda x: isinstance(x, weights.Weight)  # noqa: E731
-    for path, node in jax.tree_util.tree_leaves_with_path(model.params, is_leaf=leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+    for name, node in named_leaves(model.params, leaf).items():
         fresh = [x for x in jax.tree.leaves(node) if id(x) not in seen]
         seen.update(map(id, fresh))
         held[_part(name)] += weights.nbytes(fresh)

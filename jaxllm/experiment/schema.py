@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from jaxllm.core.compose import Transform
-from jaxllm.core.spec import call, encode
+from jaxllm.core.spec import call, encode, variadic_name
 from jaxllm.experiment.reader import join, override, parse_yaml, read, unknown
 
 DEFAULT_MODEL = "builtin:tiny"
@@ -241,10 +241,10 @@ def _value(data: Any, path: str):
 
 def _called_with(make, arguments: Any, path: str):
     """Call a maker with a mapping of arguments, a list for a variadic one, or none."""
-    parameters = inspect.signature(make).parameters
-    variadic = [n for n, p in parameters.items() if p.kind is p.VAR_POSITIONAL]
+    signature = inspect.signature(make)
+    variadic, parameters = variadic_name(signature), signature.parameters
     if isinstance(arguments, list | tuple) and variadic:
-        arguments = {variadic[0]: arguments}
+        arguments = {variadic: arguments}
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping):
         raise TypeError(f"{path}: expected a mapping of arguments, got {arguments!r}")

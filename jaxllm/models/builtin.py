@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.core import spec
-from jaxllm.core.model import Model, put
+from jaxllm.core.model import Model, named_leaves, put
 from jaxllm.models.hub import safetensors
 from jaxllm.models.transformer import Transformer, init
 
@@ -47,8 +47,8 @@ def load_builtin(name: str = "tiny", dtype: str = "float32") -> Model:
 
 def save_builtin(model: Model, folder: Path) -> None:
     """Write a trained model as ``config.json`` and ``model.safetensors`` (bfloat16)."""
-    flat = jax.tree_util.tree_flatten_with_path(model.params)[0]
-    tensors = {_name(path): np.asarray(x, jnp.bfloat16) for path, x in flat}
+    leaves = named_leaves(model.params)
+    tensors = {path: np.asarray(x, jnp.bfloat16) for path, x in leaves.items()}
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / "model.safetensors.part"
     safetensors.write_file(part, tensors)
@@ -82,8 +82,7 @@ def _check(model: Model) -> None:
     """Refuse a weight file that does not belong to the configuration beside it."""
     wanted = jax.eval_shape(lambda: init(model.config, jax.random.key(0))).params
     shapes = lambda params: {  # noqa: E731
-        _name(path): x.shape
-        for path, x in jax.tree_util.tree_flatten_with_path(params)[0]
+        path: x.shape for path, x in named_leaves(params).items()
     }
     here, there = shapes(model.params), shapes(wanted)
     if here != there:
@@ -98,7 +97,3 @@ def _check(model: Model) -> None:
 def _with_dtype(config: Transformer, dtype: str) -> Transformer:
     policy = dataclasses.replace(config.policy, param=dtype, compute=dtype)
     return dataclasses.replace(config, policy=policy)
-
-
-def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")

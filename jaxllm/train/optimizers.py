@@ -10,6 +10,8 @@ import jax
 import optax
 from optax import contrib
 
+from jaxllm.core.model import dotted
+
 Rate = float | optax.Schedule
 Optimizer = optax.GradientTransformation
 
@@ -127,8 +129,7 @@ def matrices(params):
 
 def by_path(choose: Callable, params):
     """A tree of ``choose(path, leaf)``, paths dotted."""
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda p, x: choose(name(p), x), params)
+    return jax.tree_util.tree_map_with_path(lambda p, x: choose(dotted(p), x), params)
 
 
 def _muon_dimensions(params):

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+from jaxllm.core.model import named_leaves
 from jaxllm.train.state import State
 
 
@@ -77,13 +78,6 @@ class ResumePoints:
         )
         leaves = [found["state"][name] for name in wanted]
         return jax.tree.structure(like).unflatten(leaves)
-
-
-def named_leaves(tree) -> dict[str, jax.Array]:
-    """The leaves of a pytree by their dotted paths, in the tree's order."""
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")  # noqa: E731
-    return {name(path): leaf for path, leaf in flat}
 
 
 def fingerprint(leaves: dict[str, jax.Array]) -> str:

@@ -13,7 +13,7 @@ import jax
 
 from jaxllm.core import spec, weights
 from jaxllm.core.batch import Batch
-from jaxllm.core.model import Model, combine
+from jaxllm.core.model import Model, combine, named_leaves
 from jaxllm.data import chat
 from jaxllm.data.corpora import documents
 from jaxllm.data.instructions import load_conversations
@@ -162,20 +162,18 @@ def adapters(model: Model) -> Callable[[str, Any], bool]:
     Raises:
       ValueError: The model has none.
     """
-    nodes = jax.tree_util.tree_flatten_with_path(
-        model.params, is_leaf=lambda x: isinstance(x, weights.Trainable)
-    )[0]
-    below = []
-    for path, node in nodes:
-        if isinstance(node, weights.Trainable):
-            inner = f"{jax.tree_util.keystr(path, simple=True, separator='.')}.inner"
-            below += [f"{inner}.{field}" for field in node.only] or [inner]
+    is_trained = lambda x: isinstance(x, weights.Trainable)  # noqa: E731
+    below: list[str] = []
+    for path, node in named_leaves(model.params, is_trained).items():
+        if is_trained(node):
+            inner = f"{path}.inner."
+            below += [f"{inner}{field}." for field in node.only] or [inner]
     if not below:
         raise ValueError(
             "kind 'lora' trains adapters, and the model has none: apply a transform "
             "such as lora(rank=8) or peqa(bits=4) first"
         )
-    return lambda path, leaf: any(f"{path}.".startswith(f"{node}.") for node in below)
+    return lambda path, leaf: f"{path}.".startswith(tuple(below))
 
 
 def _text_batches(

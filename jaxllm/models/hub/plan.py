@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from jaxllm.core.model import named_leaves
 from jaxllm.models.config import MoE
 from jaxllm.models.hub.families import FAMILIES
 from jaxllm.models.hub.names import BUFFERS, PREFIXES, Module
@@ -72,14 +73,7 @@ class Entry:
 def parameter_shapes(config: Transformer) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter that the configuration has, by leaf path."""
     model = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
-    return leaf_paths(model.params, lambda leaf: leaf.shape)
-
-
-def leaf_paths(params, value=lambda leaf: leaf, is_leaf=None) -> dict:
-    """``value`` of each leaf of a parameter tree, by dotted path."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf)
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")  # noqa: E731
-    return {name(path): value(leaf) for path, leaf in flat}
+    return {path: leaf.shape for path, leaf in named_leaves(model.params).items()}
 
 
 def make_plan(

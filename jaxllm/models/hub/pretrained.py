@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxllm.core.model import Model, get, put
+from jaxllm.core.model import Model, get, named_leaves, put
 from jaxllm.core.weights import Weight, materialize
 from jaxllm.models.hub.configs import read_config_data, write_config_data
-from jaxllm.models.hub.plan import Entry, leaf_paths, make_plan, match, tied_head
+from jaxllm.models.hub.plan import Entry, make_plan, match, tied_head
 from jaxllm.models.hub.safetensors import FLOATS, Tensor, open_folder, write_folder
 from jaxllm.models.transformer import Transformer
 
@@ -216,7 +216,7 @@ def _special_ids(tokenizer) -> dict[str, int | None]:
 
 def _check_dense(model: Model) -> None:
     is_type = lambda x: isinstance(x, Weight)  # noqa: E731
-    for path, leaf in leaf_paths(model.params, is_leaf=is_type).items():
+    for path, leaf in named_leaves(model.params, is_type).items():
         if is_type(leaf):
             raise TypeError(
                 f"{path} is {type(leaf).__name__}: only dense models without a format; "
@@ -234,7 +234,8 @@ def check_shapes(model: Model, plan: dict[str, Entry]) -> None:
         for part, shape in zip(entry.parts, entry.shapes, strict=True)
     }
     is_type = lambda x: isinstance(x, Weight)  # noqa: E731
-    present = leaf_paths(model.params, _whole_shape, is_type)
+    leaves = named_leaves(model.params, is_type)
+    present = {path: _whole_shape(leaf) for path, leaf in leaves.items()}
     for path in sorted(expected.keys() | present.keys()):
         if expected.get(path) != present.get(path):
             raise ValueError(
@@ -289,7 +290,7 @@ def rotary_halves(model: Model) -> Model:
     The scores are sums over channels, so a permutation shared by q and k leaves them.
     """
     params, pairs = model.params, paired_channels(model.config)
-    for path, leaf in leaf_paths(params).items():
+    for path, leaf in named_leaves(params).items():
         module = path.rpartition(".")[0]
         if module in pairs:
             order = halves(leaf.shape[-1], pairs[module])
